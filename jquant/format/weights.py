@@ -1,0 +1,296 @@
+"""The packed pytrees: what a quantized weight is.
+
+W is [N, K], N out features, K in features. `dequantize` is the specification of every type and the oracle of every
+kernel; nothing densifies unless it is called by name.
+
+    AffineWeight     W[n, k] = scales[g] * (code[n, k] - zero[g])         g = the group of (n, k)
+    CodebookWeight   W[n, k] = codebook[n, code[n, k]] (* scales[n])
+    QuantizedLinear  W       = scatter(weight, outliers) + residual
+
+Fields marked § are static: they are part of the tree's structure, hence of the jit key.
+
+Layouts, named by `layout`:
+    "stream"    codes uint32 [N, ceil(K*bits/32)], scales [N, G], codebook [N or 1, 2**bits]: the canonical order,
+                the only one in a checkpoint (`pallas_kernels.packing` draws it)
+    "stream_t"  the same arrays transposed, consecutive output rows in consecutive lanes; made once at load by
+                `jquant.prepare` for a CPU
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.format.spec import GroupAxis
+from pallas_kernels.packing import num_words, pack_codes, unpack_codes
+
+
+def _pytree(*static: str):
+    """Registers a frozen dataclass as a pytree whose `static` fields are structure."""
+
+    def register(cls: type) -> type:
+        names = [field.name for field in dataclasses.fields(cls)]
+        return jax.tree_util.register_dataclass(cls, [n for n in names if n not in static], list(static))
+
+    return register
+
+
+@_pytree("bits", "group_size", "group_axis", "shape", "layout")
+@dataclasses.dataclass(frozen=True)
+class AffineWeight:
+    """Integer codes with a scale, and perhaps a zero point, a group.
+
+    group_axis "in": group g of row n is inputs [g*group_size, (g+1)*group_size); scales [N, G], G = ceil(K/group_size).
+    group_axis "out": group g of column k is outputs [g*group_size, ...); scales [G, K], G = ceil(N/group_size).
+    The last group may be shorter. zeros are integers in [0, 2**bits), packed as a stream along the axis that is not
+    grouped: uint32 [G, ceil(N*bits/32)] ("in") or [G, ceil(K*bits/32)] ("out"); None is symmetric, zero 2**(bits-1).
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None
+    bits: int  # §
+    group_size: int  # § entries a group, the whole axis included
+    group_axis: GroupAxis  # §
+    shape: tuple[int, int]  # § (N, K)
+    layout: str = "stream"  # §
+
+
+@_pytree("bits", "shape", "layout")
+@dataclasses.dataclass(frozen=True)
+class CodebookWeight:
+    """Codes into a table a row, [N, 2**bits], or one table for the matrix, [1, 2**bits], times a scale a row."""
+
+    codes: jax.Array
+    codebook: jax.Array
+    scales: jax.Array | None  # [N]
+    bits: int  # §
+    shape: tuple[int, int]  # §
+    layout: str = "stream"  # §
+
+
+@_pytree()
+@dataclasses.dataclass(frozen=True)
+class OutlierColumns:
+    """Input columns kept as they are. Exclusive: the base weight has no code for them, its width is K - k.
+
+    index int32 [k], ascending; weight [N, k].
+    """
+
+    index: jax.Array
+    weight: jax.Array
+
+
+@_pytree("shape")
+@dataclasses.dataclass(frozen=True)
+class SparseResidual:
+    """Entries kept exactly, as a compressed-row matrix of W - dequantize(base) at their places.
+
+    values [nnz], columns [nnz] (uint16 where K <= 65536, else int32), row_pointer int32 [N + 1].
+    """
+
+    values: jax.Array
+    columns: jax.Array
+    row_pointer: jax.Array
+    shape: tuple[int, int]  # § (N, K)
+
+
+@_pytree()
+@dataclasses.dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear layer's weight: a base and what was kept beside it. Absent parts are None and cost nothing."""
+
+    weight: AffineWeight | CodebookWeight
+    outliers: OutlierColumns | None = None
+    residual: SparseResidual | None = None
+    bias: jax.Array | None = None  # [N]
+
+
+Weight = AffineWeight | CodebookWeight | QuantizedLinear
+WEIGHT_TYPES = (AffineWeight, CodebookWeight, QuantizedLinear)
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a node of a tree is a packed weight."""
+    return isinstance(leaf, WEIGHT_TYPES)
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "group_axis"))
+def affine_weight(
+    codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, bits: int, group_size: int | None, group_axis: GroupAxis
+) -> AffineWeight:
+    """Packs codes [N, K], scales and integer zeros (both [N, G] for "in", [G, K] for "out")."""
+    rows, columns = codes.shape
+    if zeros is not None:
+        zeros = pack_codes(zeros.T if group_axis == "in" else zeros, bits)
+    size = group_size or (columns if group_axis == "in" else rows)
+    return AffineWeight(pack_codes(codes, bits), scales, zeros, bits, size, group_axis, (rows, columns))
+
+
+@functools.partial(jax.jit, static_argnames=("bits",))
+def codebook_weight(codes: jax.Array, codebook: jax.Array, bits: int, scales: jax.Array | None = None) -> CodebookWeight:
+    """Packs codes [N, K] beside their table [N or 1, 2**bits]."""
+    rows, columns = codes.shape
+    return CodebookWeight(pack_codes(codes, bits), codebook, scales, bits, (rows, columns))
+
+
+def sparse_residual(mask: jax.Array, values: jax.Array, dtype: Any = jnp.float32) -> SparseResidual:
+    """The entries of values [N, K] where mask [N, K] is set. Not for use under jit: their number sets the shape."""
+    rows, columns = mask.shape
+    place = np.nonzero(np.asarray(mask))
+    kept = np.asarray(values)[place].astype(dtype)
+    pointer = np.concatenate([[0], np.cumsum(np.bincount(place[0], minlength=rows))]).astype(np.int32)
+    column = place[1].astype(np.uint16 if columns <= 65536 else np.int32)
+    return SparseResidual(jnp.asarray(kept), jnp.asarray(column), jnp.asarray(pointer), (rows, columns))
+
+
+# --- meaning ----------------------------------------------------------------------------------------------------
+
+
+def shape_of(weight: Weight) -> tuple[int, int]:
+    """(N, K) of the matrix that a packed weight stands for."""
+    if not isinstance(weight, QuantizedLinear):
+        return weight.shape
+    rows, columns = weight.weight.shape
+    return rows, columns + (0 if weight.outliers is None else weight.outliers.index.shape[0])
+
+
+def dequantize(weight: Weight) -> jax.Array:
+    """The dense float32 [N, K] matrix: the specification of every packed type."""
+    if isinstance(weight, AffineWeight):
+        codes, scales, zeros = unpack_codes(words(weight), weight.bits, weight.shape[1]), grid_scales(weight), None
+        zeros = affine_zeros(weight)
+        spread = spread_groups(weight.group_size, weight.group_axis, weight.shape)
+        offset = jnp.float32(2 ** (weight.bits - 1)) if zeros is None else spread(zeros.astype(jnp.float32))
+        return spread(scales.astype(jnp.float32)) * (codes.astype(jnp.float32) - offset)
+    if isinstance(weight, CodebookWeight):
+        rows, columns = weight.shape
+        codes = unpack_codes(words(weight), weight.bits, columns).astype(jnp.int32)
+        table = weight.codebook if weight.layout == "stream" else weight.codebook.T
+        table = jnp.broadcast_to(table.astype(jnp.float32), (rows, 2**weight.bits))
+        dense = jnp.take_along_axis(table, codes, axis=1)
+        return dense if weight.scales is None else dense * weight.scales.astype(jnp.float32)[:, None]
+    dense = dequantize(weight.weight)
+    if weight.outliers is not None:
+        kept = weight.outliers
+        full = jnp.zeros(shape_of(weight), jnp.float32)
+        full = full.at[:, base_columns(kept.index, dense.shape[1])].set(dense)
+        dense = full.at[:, kept.index].set(kept.weight.astype(jnp.float32))
+    if weight.residual is not None:
+        rest = weight.residual
+        dense = dense.at[residual_rows(rest), rest.columns.astype(jnp.int32)].add(rest.values.astype(jnp.float32))
+    return dense
+
+
+def words(weight: AffineWeight | CodebookWeight) -> jax.Array:
+    """The codes as stream words [N, W], whatever the layout."""
+    return weight.codes if weight.layout == "stream" else weight.codes.T
+
+
+def grid_scales(weight: AffineWeight) -> jax.Array:
+    """scales in their canonical orientation: [N, G] for "in", [G, K] for "out"."""
+    return weight.scales if weight.layout == "stream" else weight.scales.T
+
+
+def affine_zeros(weight: AffineWeight) -> jax.Array | None:
+    """Integer zeros, uint8, shaped like `grid_scales`; None when symmetric."""
+    if weight.zeros is None:
+        return None
+    rows, columns = weight.shape
+    if weight.group_axis == "in":
+        return unpack_codes(weight.zeros, weight.bits, rows).T
+    return unpack_codes(weight.zeros, weight.bits, columns)
+
+
+def spread_groups(group_size: int, group_axis: GroupAxis, shape: tuple[int, int]):
+    """A function that repeats one value a group over the entries of a [N, K] matrix."""
+    axis = 1 if group_axis == "in" else 0
+    return lambda values: jax.lax.slice_in_dim(jnp.repeat(values, group_size, axis=axis), 0, shape[axis], axis=axis)
+
+
+def base_columns(index: jax.Array, count: int) -> jax.Array:
+    """The `count` input columns that are not in the ascending `index`, ascending, int32 [count].
+
+    Base column j lies after every outlier i with index[i] - i <= j.
+    """
+    place = jnp.arange(count, dtype=jnp.int32)
+    before = index.astype(jnp.int32) - jnp.arange(index.shape[0], dtype=jnp.int32)
+    return place + jnp.sum(before[None, :] <= place[:, None], axis=1, dtype=jnp.int32)
+
+
+def residual_rows(residual: SparseResidual) -> jax.Array:
+    """The row of every stored entry, int32 [nnz]."""
+    counts = residual.row_pointer[1:] - residual.row_pointer[:-1]
+    rows = jnp.arange(residual.shape[0], dtype=jnp.int32)
+    return jnp.repeat(rows, counts, total_repeat_length=residual.values.shape[0])
+
+
+# --- size and validity ------------------------------------------------------------------------------------------
+
+
+def size_bytes(leaf: Any) -> int:
+    """Bytes of a leaf as stored: codes, scales, zeros, tables, indices, kept parts; or of a dense array."""
+    return sum(int(array.size) * array.dtype.itemsize for array in jax.tree.leaves(leaf))
+
+
+def bits_per_weight(weight: Weight) -> float:
+    """Bits stored for each entry of W, everything counted but the bias."""
+    rows, columns = shape_of(weight)
+    bias = 0 if not isinstance(weight, QuantizedLinear) or weight.bias is None else size_bytes(weight.bias)
+    return 8 * (size_bytes(weight) - bias) / (rows * columns)
+
+
+def validate(weight: Weight, path: str) -> None:
+    """Checks every array's shape and type against the static fields; ValueError names the field and the path."""
+    if isinstance(weight, QuantizedLinear):
+        rows, columns = shape_of(weight)
+        validate(weight.weight, path)
+        if weight.outliers is not None:
+            kept = weight.outliers.index.shape[0]
+            _expect(path, "outliers.index", weight.outliers.index, (kept,), "int32")
+            _expect(path, "outliers.weight", weight.outliers.weight, (rows, kept), None)
+        if weight.residual is not None:
+            rest, count = weight.residual, weight.residual.values.shape[0]
+            if rest.shape != (rows, columns):
+                raise ValueError(f"{path}: residual.shape is {rest.shape}; expected {(rows, columns)}")
+            _expect(path, "residual.values", rest.values, (count,), None)
+            _expect(path, "residual.columns", rest.columns, (count,), "uint16" if columns <= 65536 else "int32")
+            _expect(path, "residual.row_pointer", rest.row_pointer, (rows + 1,), "int32")
+        if weight.bias is not None:
+            _expect(path, "bias", weight.bias, (rows,), None)
+        return
+    rows, columns = weight.shape
+    if not 2 <= weight.bits <= 8:
+        raise ValueError(f"{path}: bits is {weight.bits}; expected 2 to 8")
+    if weight.layout != "stream":
+        raise ValueError(f"{path}: layout is {weight.layout!r}; a checkpoint holds 'stream' only")
+    _expect(path, "codes", weight.codes, (rows, num_words(columns, weight.bits)), "uint32")
+    if isinstance(weight, CodebookWeight):
+        if weight.codebook.shape[:1] not in ((1,), (rows,)):
+            raise ValueError(f"{path}: codebook has {weight.codebook.shape[:1]} rows; expected 1 or {rows}")
+        _expect(path, "codebook", weight.codebook, (weight.codebook.shape[0], 2**weight.bits), None)
+        if weight.scales is not None:
+            _expect(path, "scales", weight.scales, (rows,), None)
+        return
+    if weight.group_axis not in ("in", "out") or weight.group_size < 1:
+        raise ValueError(f"{path}: group_axis {weight.group_axis!r}, group_size {weight.group_size} make no groups")
+    along, across = (columns, rows) if weight.group_axis == "in" else (rows, columns)
+    groups = -(-along // weight.group_size)
+    _expect(path, "scales", weight.scales, (rows, groups) if weight.group_axis == "in" else (groups, columns), None)
+    if weight.zeros is not None:
+        _expect(path, "zeros", weight.zeros, (groups, num_words(across, weight.bits)), "uint32")
+
+
+def _expect(path: str, name: str, array: Any, shape: tuple[int, ...], dtype: str | None) -> None:
+    """Raises unless the array has the shape, and the type (None: any of the float types)."""
+    if tuple(array.shape) != shape:
+        raise ValueError(f"{path}: {name} has shape {tuple(array.shape)}; expected {shape}")
+    wanted = (dtype,) if dtype else ("float32", "float16", "bfloat16")
+    if str(array.dtype) not in wanted:
+        raise ValueError(f"{path}: {name} is {array.dtype}; expected {' or '.join(wanted)}")

@@ -1,0 +1,203 @@
+"""The seam: y = linear(x, w), whatever w is. Nothing else chooses a kernel.
+
+    y = decode(weight) . x  +  outliers  +  residual  +  bias
+
+x [..., K]; w a dense array [N, K] or a packed pytree of `jquant.format.weights`; y [..., N] in x's type. Sums are
+float32. `implementation` None takes the best supported path, "xla" or "pallas" demands one; a demand that cannot be
+met is a ValueError with the reason, never a silent fallback.
+
+XLA paths, by device and tokens M:
+    cpu, M <= 8     the packed words are streamed lane by lane, nothing decoded is stored (`dequant_matmul.streaming`)
+    cpu, M > 8      one decoded matrix at a time, then a dense product
+    gpu, tpu        decode and product in one expression, fused as far as XLA does
+The decode is tied to x by an optimization barrier: it depends on nothing but the weights, and XLA would otherwise
+decode every layer at the start of the program, or once outside a generation loop, and hold all of them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jquant.format import tree as trees
+from jquant.format.weights import (
+    AffineWeight,
+    CodebookWeight,
+    QuantizedLinear,
+    SparseResidual,
+    Weight,
+    affine_zeros,
+    base_columns,
+    bits_per_weight,
+    dequantize,
+    grid_scales,
+    is_quantized,
+    residual_rows,
+    shape_of,
+    size_bytes,
+    words,
+)
+from pallas_kernels import dequant_matmul, sparse_matmul
+from pallas_kernels.device import platform
+
+Implementation = Literal["xla", "pallas"] | None
+STREAMING_TOKENS = 8  # beyond it, decoding once and a dense product are faster (bench/LOG.md)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """A dense weight that shows its input: `linear(x, Tap(w, observe))` calls observe(x), then computes as usual.
+
+    It lives inside one traced function, put there by whoever collects statistics, and never in a stored model.
+    """
+
+    weight: jax.Array
+    observe: Callable[[jax.Array], None] = dataclasses.field(metadata={"static": True})
+
+
+class Choice(NamedTuple):
+    """The path that `linear` takes, and why."""
+
+    implementation: str
+    reason: str
+
+
+def linear(
+    x: jax.Array, w: Any, bias: jax.Array | None = None, *, implementation: Implementation = None
+) -> jax.Array:
+    """x [..., K] times w [N, K] transposed, plus bias [N]: [..., N] in x's type.
+
+    Raises ValueError if K differs, or if `implementation` is demanded and does not support this layer.
+    """
+    if isinstance(w, Tap):
+        w.observe(x)
+        w = w.weight
+    shape = shape_of(w) if is_quantized(w) else w.shape
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight [N, K] = {list(shape)} takes {shape[1]}")
+    choose(w, x.size // max(x.shape[-1], 1), implementation)
+    if not is_quantized(w):
+        y = _dense(x, w)
+    else:
+        layer = w if isinstance(w, QuantizedLinear) else QuantizedLinear(w)
+        y = _quantized(x.reshape(-1, shape[1]), layer).reshape(*x.shape[:-1], shape[0])
+        if layer.bias is not None:
+            y = y + layer.bias.astype(y.dtype)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return y.astype(x.dtype)
+
+
+def choose(w: Any, tokens: int, implementation: Implementation = None) -> Choice:
+    """Which path serves this weight with so many tokens; a pure function of shapes, types and the device."""
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation is {implementation!r}; expected None, 'xla' or 'pallas'")
+    reason = _no_pallas(w)
+    if implementation == "pallas" and reason is not None:
+        raise ValueError(f"implementation='pallas' cannot serve this layer: {reason}; use None or 'xla'")
+    if not is_quantized(w):
+        return Choice("xla dense", "not quantized")
+    if platform() == "cpu":
+        if tokens <= STREAMING_TOKENS:
+            return Choice("xla streaming", f"{tokens} tokens <= {STREAMING_TOKENS} on a CPU")
+        return Choice("xla decode+dot", f"{tokens} tokens > {STREAMING_TOKENS} on a CPU")
+    return Choice("xla fused", reason or "")
+
+
+def explain(model: Any, tokens: int) -> str:
+    """A table, a row a layer: path, bits a weight, bytes, the implementation `linear` takes for `tokens`, the reason."""
+    rows = [("path", "bits/weight", "bytes", "implementation", "reason")]
+    for path, leaf in trees.leaves(model).items():
+        if is_quantized(leaf):
+            choice = choose(leaf, tokens)
+            rows.append((path, f"{bits_per_weight(leaf):.3f}", str(size_bytes(leaf)), *choice))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def prepare(tree: Any) -> Any:
+    """The same model with every packed weight in the layout this device reads fastest; once, after loading.
+
+    On a CPU that is "stream_t". Weights are converted one at a time, so the extra memory is one weight's.
+    """
+    if platform() != "cpu":
+        return tree
+    return jax.tree.map(lambda leaf: _transpose(leaf) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
+
+
+def _transpose(w: Weight) -> Weight:
+    if isinstance(w, QuantizedLinear):
+        return dataclasses.replace(w, weight=_transpose(w.weight))
+    if w.layout == "stream_t":
+        return w
+    if isinstance(w, AffineWeight):
+        return dataclasses.replace(w, codes=w.codes.T, scales=w.scales.T, layout="stream_t")
+    return dataclasses.replace(w, codes=w.codes.T, codebook=w.codebook.T, layout="stream_t")
+
+
+def _no_pallas(w: Any) -> str | None:
+    """None if a Pallas kernel serves the weight, else the reason why none does."""
+    if not is_quantized(w):
+        return "the weight is dense"
+    return "no Pallas kernel covers this kind of weight"
+
+
+def _dense(x: jax.Array, w: jax.Array) -> jax.Array:
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, w.astype(x.dtype), contract, preferred_element_type=jnp.float32)
+
+
+def _quantized(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
+    """x [M, K] -> [M, N] float32, without the bias."""
+    x, layer = jax.lax.optimization_barrier((x, layer))
+    if platform() != "cpu":
+        return _dense(x, dequantize(dataclasses.replace(layer, bias=None)).astype(x.dtype))
+    if x.shape[0] <= STREAMING_TOKENS:
+        return _stream_few(x.astype(jnp.float32), layer)
+    return _decode_once(x, layer)
+
+
+def _stream_few(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
+    y = jnp.zeros((x.shape[0], shape_of(layer)[0]), jnp.float32)
+    inputs = x
+    if layer.outliers is not None:
+        kept = layer.outliers
+        inputs = x[:, base_columns(kept.index, layer.weight.shape[1])]
+        y = y + _dense(x[:, kept.index], kept.weight.astype(jnp.float32))
+    y = y + dequant_matmul.matvec(inputs, _streamed(layer.weight))
+    if layer.residual is not None:
+        rest = layer.residual
+        y = y + sparse_matmul.gather_sum(x, rest.values, rest.columns, residual_rows(rest), y.shape[1])
+    return y
+
+
+def _decode_once(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
+    rows, columns = shape_of(layer)
+    dense = dequant_matmul.decode(_streamed(layer.weight), jnp.dtype(jnp.float32))  # [K, N]
+    if layer.outliers is not None:
+        kept = layer.outliers
+        full = jnp.zeros((columns, rows), jnp.float32)
+        full = full.at[base_columns(kept.index, dense.shape[0])].set(dense)
+        dense = full.at[kept.index].set(kept.weight.astype(jnp.float32).T)
+    if layer.residual is not None:
+        dense = _add_residual(dense, layer.residual)
+    # float32 arithmetic whatever x is: a CPU has no bfloat16 product worth using
+    return jnp.matmul(x.astype(jnp.float32), dense)
+
+
+def _add_residual(dense: jax.Array, residual: SparseResidual) -> jax.Array:
+    place = (residual.columns.astype(jnp.int32), residual_rows(residual))
+    return dense.at[place].add(residual.values.astype(jnp.float32))
+
+
+def _streamed(w: AffineWeight | CodebookWeight) -> dequant_matmul.Affine | dequant_matmul.Codebook:
+    """The kernel's view of a weight: everything transposed, a no-op for what `prepare` has seen."""
+    if isinstance(w, CodebookWeight):
+        table = w.codebook if w.layout == "stream_t" else w.codebook.T
+        return dequant_matmul.Codebook(words(w).T, table, w.scales, w.bits, w.shape)
+    zeros = affine_zeros(w)
+    zeros = None if zeros is None else zeros.T
+    return dequant_matmul.Affine(words(w).T, grid_scales(w).T, zeros, w.bits, w.group_size, w.group_axis, w.shape)

@@ -1,0 +1,146 @@
+"""Which spec each layer gets, decided and priced before anything is computed.
+
+    plan = make_plan(model, spec, rules)        {path: QuantSpec}; a Plan is plain data, printable and stored as JSON
+    forecast(plan, shapes, ...)                 bytes, bits a weight, peak memory and time, before a run
+
+A rule is a glob over paths and a spec, or None to leave the layers dense; the last rule that matches wins.
+"""
+
+import dataclasses
+import fnmatch
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jquant.format import tree as trees
+from jquant.format.spec import QuantSpec
+from jquant.format.weights import is_quantized, size_bytes
+from jquant.quantize.calibrate import linear_paths
+from jquant.quantize.matrix import STATISTIC, check_spec
+
+KMEANS_SECONDS = 6e-7  # a weight and core, fit_codebook on a 2020s CPU core; a GPU needs a fraction (bench/LOG.md)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """pattern: a glob over paths such as `*.down_proj.weight`; spec: what these layers get, None leaves them dense."""
+
+    pattern: str
+    spec: QuantSpec | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Rule":
+        """`GLOB=SPEC`, or `GLOB=none`."""
+        pattern, separator, spec = text.partition("=")
+        if not separator or not pattern:
+            raise ValueError(f"rule {text!r} has no form GLOB=SPEC, for example *.down_proj.weight=w8")
+        return cls(pattern, None if spec.strip().lower() == "none" else QuantSpec.parse(spec))
+
+
+Plan = Mapping[str, QuantSpec]
+
+
+def make_plan(model: Any, spec: QuantSpec, method: str, rules: Sequence[Rule] = ()) -> dict[str, QuantSpec]:
+    """{path: spec} for every linear layer inside the model's blocks. `model` may be abstract.
+
+    Raises ValueError for a spec that the method cannot make, a layer that is quantized already, or a rule that
+    matches nothing.
+    """
+    leaves = trees.leaves(model)
+    paths = linear_paths(model)
+    if not paths:
+        raise ValueError("the model has no linear layers under layers.*; there is nothing to quantize")
+    if done := [path for path in paths if is_quantized(leaves[path])]:
+        raise ValueError(f"the model is quantized already ({done[0]} and {len(done) - 1} more); give the original")
+    plan: dict[str, QuantSpec] = {}
+    for path in paths:
+        chosen: QuantSpec | None = spec
+        for rule in rules:
+            if fnmatch.fnmatchcase(path, rule.pattern):
+                chosen = rule.spec
+        if chosen is not None:
+            check_spec(chosen, method)
+            plan[path] = chosen
+    for rule in rules:
+        if not any(fnmatch.fnmatchcase(path, rule.pattern) for path in paths):
+            raise ValueError(f"rule {rule.pattern!r} matches no layer; layers look like {paths[0]}")
+    return plan
+
+
+def stored_bits(spec: QuantSpec, shape: tuple[int, int]) -> float:
+    """Bits that a [N, K] matrix will take, counted as `bits_per_weight` counts them; exact but for the sparse part."""
+    rows, columns = shape
+    words = -(-columns * spec.bits // 32) * 32 * rows
+    if spec.grid == "codebook":
+        column_bits = 16 if columns <= 65536 else 32
+        kept = spec.sparse / 100 * rows * columns
+        return words + 16 * rows * 2**spec.bits + (kept * (32 + column_bits) + 32 * (rows + 1) if spec.sparse else 0)
+    along, across = (columns, rows) if spec.group_axis == "in" else (rows, columns)
+    groups = -(-along // (spec.group_size or along))
+    zeros = 0 if spec.symmetric else groups * -(-across * spec.bits // 32) * 32
+    return words + 16 * groups * across + zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What a run will take; `seconds` is an estimate from a short measurement of this device."""
+
+    layers: int
+    bits_per_weight: float  # of the quantized layers
+    output_bytes: int
+    peak_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def forecast(
+    model: Any, plan: Plan, method: str, *, samples: int, seq_len: int, self_calibrated: bool, stored_dtype: Any
+) -> Forecast:
+    """Prices a plan. `model` may be abstract (`jax.eval_shape`): only shapes and types are read.
+
+    stored_dtype: the type in which the layers left dense are saved.
+    """
+    leaves = trees.leaves(model)
+    width = jnp.dtype(stored_dtype).itemsize
+    quantized = sum(stored_bits(spec, leaves[path].shape) for path, spec in plan.items()) / 8
+    dense = sum(leaf.size for path, leaf in leaves.items() if path not in plan) * width
+    weights = sum(leaves[path].size for path in plan)
+    params = sum(size_bytes(leaf) for leaf in leaves.values())
+    depth = max((int(path.split(".")[1]) for path in plan), default=0) + 1
+    block = sum(leaves[path].size for path in plan if path.startswith("layers.0."))
+    features = leaves["embed_tokens.weight"].shape[1] if "embed_tokens.weight" in leaves else 0
+    statistic = STATISTIC[method]
+    stream = 4 * samples * seq_len * features if statistic else 0
+    copies = {None: 0, "hessian": 2, "fisher": 2 * depth**0.5 + 2}[statistic]
+    widest = max((max(leaves[path].shape) for path in plan), default=0)
+    statistics = {None: 0, "hessian": 4 * 4 * widest**2, "fisher": 4 * 4 * block}[statistic]
+    # besides the parameters: the stream, one block's statistics, and one layer in float32 with its pass's copies
+    work = copies * stream + statistics + 8 * 4 * max((leaves[path].size for path in plan), default=0)
+    passes = {None: 0, "hessian": 5, "fisher": 6}[statistic]
+    rate = measured_flops() if passes or self_calibrated else 1.0
+    seconds = passes * 2 * weights * samples * seq_len / rate
+    if self_calibrated and statistic:
+        seconds += seq_len * -(-samples // 16) * params / 8e9  # each step reads the weights once for 16 sequences
+    if method == "squeezellm":
+        seconds += weights * KMEANS_SECONDS / (1 if jax.default_backend() == "cpu" else 50)
+    seconds += weights * 5e-8
+    bits = 8 * quantized / max(weights, 1)
+    return Forecast(len(plan), bits, int(quantized + dense), int(params + work), seconds)
+
+
+def measured_flops(size: int = 1024) -> float:
+    """Floating-point operations a second of a square float32 product on this device, best of three."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
