@@ -21,7 +21,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from convert.mapping import TensorInfo, empty
+from convert.mapping import TensorInfo, empty, read_array
 
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
@@ -153,10 +153,7 @@ class GGUFReader:
         shape, kind = entry.info.shape, entry.kind
         if not entry.info.is_float:
             raise ValueError(f"{name} is {kind.name}; supported: {', '.join((*_PLAIN, *_BLOCKS))}")
-        raw = empty((entry.info.stored_bytes,), np.dtype(np.uint8))
-        with self.path.open("rb") as file:
-            file.seek(entry.offset)
-            file.readinto(raw)
+        raw = read_array(self.path, entry.offset, (entry.info.stored_bytes,), np.dtype(np.uint8))
         if kind.name in _PLAIN:
             return raw.view(_PLAIN[kind.name]).reshape(shape)
         rows = raw.reshape(-1, raw.size // max(math.prod(shape[:-1]), 1))

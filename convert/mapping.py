@@ -17,6 +17,7 @@ and never change a shape, which is what lets the headers decide.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -161,6 +162,16 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def read_array(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of a file, from byte `offset` on, in memory of its own. ValueError where the file ends too early."""
+    out = empty(shape, dtype)
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.readinto(out.reshape(-1).view(np.uint8).data) != out.nbytes:
+            raise ValueError(f"{path} ends before byte {offset + out.nbytes}; was it changed while it was read?")
+    return out
 
 
 def count_nonfinite(array: np.ndarray) -> int:

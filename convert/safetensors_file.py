@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.mapping import TensorInfo, empty, raise_all
+from convert.mapping import TensorInfo, raise_all, read_array
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = {
@@ -183,11 +183,7 @@ class SafetensorsReader:
         entry = self._entries[name]
         if entry.dtype is None:
             raise ValueError(f"{name} is {entry.info.dtype}, which is no float type that weights are read from")
-        out = empty(entry.info.shape, entry.dtype)
-        with entry.path.open("rb") as file:
-            file.seek(entry.offset)
-            file.readinto(out.reshape(-1).view(np.uint8))
-        return out
+        return read_array(entry.path, entry.offset, entry.info.shape, entry.dtype)
 
     def sample(self, name: str, count: int) -> bytes:
         """The first bytes of one tensor."""

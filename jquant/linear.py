@@ -27,16 +27,17 @@ from jquant.format.weights import (
     CodebookWeight,
     QuantizedLinear,
     SparseResidual,
-    Weight,
     affine_zeros,
     base_columns,
     bits_per_weight,
+    canonical,
     dequantize,
     grid_scales,
     is_quantized,
     residual_rows,
     shape_of,
     size_bytes,
+    transposed,
     words,
 )
 from pallas_kernels import dequant_matmul, sparse_matmul
@@ -65,9 +66,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def linear(
-    x: jax.Array, w: Any, bias: jax.Array | None = None, *, implementation: Implementation = None
-) -> jax.Array:
+def linear(x: jax.Array, w: Any, bias: jax.Array | None = None, *, implementation: Implementation = None) -> jax.Array:
     """x [..., K] times w [N, K] transposed, plus bias [N]: [..., N] in x's type.
 
     Raises ValueError if K differs, or if `implementation` is demanded and does not support this layer.
@@ -109,7 +108,7 @@ def choose(w: Any, tokens: int, implementation: Implementation = None) -> Choice
 
 def explain(model: Any, tokens: int) -> str:
     """A table, a row a layer: path, bits a weight, bytes, the implementation `linear` takes for `tokens`, the reason."""
-    rows = [("path", "bits/weight", "bytes", "implementation", "reason")]
+    rows: list[tuple[str, ...]] = [("path", "bits/weight", "bytes", "implementation", "reason")]
     for path, leaf in trees.leaves(model).items():
         if is_quantized(leaf):
             choice = choose(leaf, tokens)
@@ -125,17 +124,11 @@ def prepare(tree: Any) -> Any:
     """
     if platform() != "cpu":
         return tree
-    return jax.tree.map(lambda leaf: _transpose(leaf) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
 
+    def transpose(leaf: Any) -> Any:
+        return transposed(canonical(leaf)) if is_quantized(leaf) else leaf
 
-def _transpose(w: Weight) -> Weight:
-    if isinstance(w, QuantizedLinear):
-        return dataclasses.replace(w, weight=_transpose(w.weight))
-    if w.layout == "stream_t":
-        return w
-    if isinstance(w, AffineWeight):
-        return dataclasses.replace(w, codes=w.codes.T, scales=w.scales.T, layout="stream_t")
-    return dataclasses.replace(w, codes=w.codes.T, codebook=w.codebook.T, layout="stream_t")
+    return jax.tree.map(transpose, tree, is_leaf=is_quantized)
 
 
 def _no_pallas(w: Any) -> str | None:

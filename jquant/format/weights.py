@@ -18,7 +18,8 @@ Layouts, named by `layout`:
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,14 @@ import numpy as np
 from jquant.format.spec import GroupAxis
 from pallas_kernels.packing import num_words, pack_codes, unpack_codes
 
+T = TypeVar("T")
 
-def _pytree(*static: str):
+
+def _pytree(*static: str) -> Callable[[type[T]], type[T]]:
     """Registers a frozen dataclass as a pytree whose `static` fields are structure."""
 
-    def register(cls: type) -> type:
-        names = [field.name for field in dataclasses.fields(cls)]
+    def register(cls: type[T]) -> type[T]:
+        names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
         return jax.tree_util.register_dataclass(cls, [n for n in names if n not in static], list(static))
 
     return register
@@ -90,12 +93,14 @@ class SparseResidual:
     """Entries kept exactly, as a compressed-row matrix of W - dequantize(base) at their places.
 
     values [nnz], columns [nnz] (uint16 where K <= 65536, else int32), row_pointer int32 [N + 1].
+    rows int32 [nnz] repeats what row_pointer says, a row an entry; `jquant.prepare` adds it, a checkpoint never has it.
     """
 
     values: jax.Array
     columns: jax.Array
     row_pointer: jax.Array
     shape: tuple[int, int]  # § (N, K)
+    rows: jax.Array | None = None
 
 
 @_pytree()
@@ -123,7 +128,12 @@ def is_quantized(leaf: Any) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("bits", "group_size", "group_axis"))
 def affine_weight(
-    codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, bits: int, group_size: int | None, group_axis: GroupAxis
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    bits: int,
+    group_size: int | None,
+    group_axis: GroupAxis,
 ) -> AffineWeight:
     """Packs codes [N, K], scales and integer zeros (both [N, G] for "in", [G, K] for "out")."""
     rows, columns = codes.shape
@@ -134,7 +144,9 @@ def affine_weight(
 
 
 @functools.partial(jax.jit, static_argnames=("bits",))
-def codebook_weight(codes: jax.Array, codebook: jax.Array, bits: int, scales: jax.Array | None = None) -> CodebookWeight:
+def codebook_weight(
+    codes: jax.Array, codebook: jax.Array, bits: int, scales: jax.Array | None = None
+) -> CodebookWeight:
     """Packs codes [N, K] beside their table [N or 1, 2**bits]."""
     rows, columns = codes.shape
     return CodebookWeight(pack_codes(codes, bits), codebook, scales, bits, (rows, columns))
@@ -208,6 +220,28 @@ def affine_zeros(weight: AffineWeight) -> jax.Array | None:
     return unpack_codes(weight.zeros, weight.bits, columns)
 
 
+def canonical(weight: Weight) -> Weight:
+    """The same weight in the "stream" layout."""
+    return weight if _layout(weight) == "stream" else transposed(weight)
+
+
+def transposed(weight: Any) -> Any:
+    """The same weight in the other layout: "stream" becomes "stream_t" and back."""
+    if isinstance(weight, QuantizedLinear):
+        rest = weight.residual
+        if rest is not None:
+            rest = dataclasses.replace(rest, rows=residual_rows(rest) if rest.rows is None else None)
+        return dataclasses.replace(weight, weight=transposed(weight.weight), residual=rest)
+    layout = "stream_t" if weight.layout == "stream" else "stream"
+    if isinstance(weight, AffineWeight):
+        return dataclasses.replace(weight, codes=weight.codes.T, scales=weight.scales.T, layout=layout)
+    return dataclasses.replace(weight, codes=weight.codes.T, codebook=weight.codebook.T, layout=layout)
+
+
+def _layout(weight: Any) -> str:
+    return weight.weight.layout if isinstance(weight, QuantizedLinear) else weight.layout
+
+
 def spread_groups(group_size: int, group_axis: GroupAxis, shape: tuple[int, int]):
     """A function that repeats one value a group over the entries of a [N, K] matrix."""
     axis = 1 if group_axis == "in" else 0
@@ -226,6 +260,8 @@ def base_columns(index: jax.Array, count: int) -> jax.Array:
 
 def residual_rows(residual: SparseResidual) -> jax.Array:
     """The row of every stored entry, int32 [nnz]."""
+    if residual.rows is not None:
+        return residual.rows
     counts = residual.row_pointer[1:] - residual.row_pointer[:-1]
     rows = jnp.arange(residual.shape[0], dtype=jnp.int32)
     return jnp.repeat(rows, counts, total_repeat_length=residual.values.shape[0])
@@ -235,7 +271,12 @@ def residual_rows(residual: SparseResidual) -> jax.Array:
 
 
 def size_bytes(leaf: Any) -> int:
-    """Bytes of a leaf as stored: codes, scales, zeros, tables, indices, kept parts; or of a dense array."""
+    """Bytes of a leaf as stored: codes, scales, zeros, tables, indices, kept parts; or of a dense array.
+
+    What `jquant.prepare` adds for speed is not stored and not counted.
+    """
+    if isinstance(leaf, QuantizedLinear) and leaf.residual is not None:
+        leaf = dataclasses.replace(leaf, residual=dataclasses.replace(leaf.residual, rows=None))
     return sum(int(array.size) * array.dtype.itemsize for array in jax.tree.leaves(leaf))
 
 
@@ -249,8 +290,14 @@ def bits_per_weight(weight: Weight) -> float:
 def validate(weight: Weight, path: str) -> None:
     """Checks every array's shape and type against the static fields; ValueError names the field and the path."""
     if isinstance(weight, QuantizedLinear):
-        rows, columns = shape_of(weight)
         validate(weight.weight, path)
+        for name, array in (
+            ("outliers.index", weight.outliers and weight.outliers.index),
+            ("residual.values", weight.residual and weight.residual.values),
+        ):
+            if array is not None and len(array.shape) != 1:
+                raise ValueError(f"{path}: {name} has shape {tuple(array.shape)}; expected one axis")
+        rows, columns = shape_of(weight)
         if weight.outliers is not None:
             kept = weight.outliers.index.shape[0]
             _expect(path, "outliers.index", weight.outliers.index, (kept,), "int32")
@@ -259,6 +306,8 @@ def validate(weight: Weight, path: str) -> None:
             rest, count = weight.residual, weight.residual.values.shape[0]
             if rest.shape != (rows, columns):
                 raise ValueError(f"{path}: residual.shape is {rest.shape}; expected {(rows, columns)}")
+            if rest.rows is not None:
+                raise ValueError(f"{path}: residual.rows is present; a checkpoint holds residual.row_pointer only")
             _expect(path, "residual.values", rest.values, (count,), None)
             _expect(path, "residual.columns", rest.columns, (count,), "uint16" if columns <= 65536 else "int32")
             _expect(path, "residual.row_pointer", rest.row_pointer, (rows + 1,), "int32")

@@ -13,7 +13,7 @@ step. Modules are pytrees: pass them to plain `jax.jit` as arguments, and build 
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,12 @@ class Memory(Protocol):
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, window: int | None
-    ) -> tuple[jax.Array, "Memory"]:
+    ) -> tuple[jax.Array, Self]:
         """Attention of q [B, T, H, d] to what is remembered and to k, v [B, T, Hkv, d]; the memory with those added."""
         ...
+
+
+M = TypeVar("M", bound=Memory)
 
 
 class Attention(nnx.Module):
@@ -80,7 +83,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None
 
-    def __call__(self, x: jax.Array, context: Context, memory: Memory | None = None) -> tuple[jax.Array, Memory | None]:
+    def __call__(self, x: jax.Array, context: Context, memory: M | None = None) -> tuple[jax.Array, M | None]:
         """x [B, T, D] -> [B, T, D] and the memory after these tokens."""
         q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q = rotate(q if self.q_norm is None else self.q_norm(q), context.cos, context.sin)
@@ -119,7 +122,7 @@ class Block(nnx.Module):
             implementation=implementation,
         )
 
-    def __call__(self, x: jax.Array, context: Context, memory: Memory | None = None) -> tuple[jax.Array, Memory | None]:
+    def __call__(self, x: jax.Array, context: Context, memory: M | None = None) -> tuple[jax.Array, M | None]:
         """x [B, T, D] -> [B, T, D] and this layer's memory after these tokens (None stays None)."""
         mixed, memory = self.self_attn(self.input_layernorm(x), context, memory)
         x = x + mixed
@@ -142,7 +145,7 @@ class Decoder(nnx.Module):
         implementation: Implementation = None,
     ):
         self.config = config
-        self.implementation = implementation
+        self.implementation: Implementation = implementation
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, key=subkey(key, 0))
         self.layers = nnx.List(
             Block(config, window, dtype=dtype, key=subkey(key, 2 + index), implementation=implementation)
@@ -167,8 +170,8 @@ class Decoder(nnx.Module):
         return Context(positions, cos, sin)
 
     def hidden(
-        self, tokens: jax.Array, positions: jax.Array | None = None, memory: tuple[Memory, ...] | None = None
-    ) -> tuple[jax.Array, tuple[Memory, ...] | None]:
+        self, tokens: jax.Array, positions: jax.Array | None = None, memory: tuple[M, ...] | None = None
+    ) -> tuple[jax.Array, tuple[M, ...] | None]:
         """The stream after the last layer, x [B, T, D], before the final norm; and the memory after these tokens.
 
         `positions` default to 0..T-1; along T they must increase, except at padding. With a memory they must be
@@ -184,10 +187,9 @@ class Decoder(nnx.Module):
             for layer in self.layers:
                 x, _ = layer(x, context)
             return x, None
-        after = []
-        for layer, before in zip(self.layers, memory, strict=True):
-            x, remembered = layer(x, context, before)
-            after.append(remembered)
+        after = list(memory)
+        for index, layer in enumerate(self.layers):
+            x, after[index] = layer(x, context, memory[index])
         return x, tuple(after)
 
     def head(self, x: jax.Array) -> jax.Array:
@@ -202,8 +204,8 @@ class Decoder(nnx.Module):
         return head_loss(self, x, tokens)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array | None = None, memory: tuple[Any, ...] | None = None
-    ) -> tuple[jax.Array, tuple[Any, ...] | None]:
+        self, tokens: jax.Array, positions: jax.Array | None = None, memory: tuple[M, ...] | None = None
+    ) -> tuple[jax.Array, tuple[M, ...] | None]:
         """tokens [B, T] int32 -> logits [B, T, V] float32 and the memory after them (None without one)."""
         x, memory = self.hidden(tokens, positions, memory)
         return self.head(x), memory

@@ -49,7 +49,7 @@ class Linear(nnx.Module):
     ):
         self.weight = nnx.Param(initial_weight(key, (out_features, in_features), dtype))
         self.bias = nnx.Param(initial_weight(subkey(key, 1), (out_features,), dtype)) if use_bias else None
-        self.implementation = implementation
+        self.implementation: Implementation = implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., K] -> [..., N] in the type of x."""

@@ -1,19 +1,19 @@
 """Codebooks: weighted k-means in one dimension, one table of 2**bits values for each row of a matrix.
 
-    minimise  sum_i f_i (w_i - codebook[q_i])**2     over the codebook and the codes q     (SqueezeLLM, arXiv 2306.07629, eq. 4)
+    minimise  sum_i f_i (w_i - codebook[q_i])**2  over codebook and codes q     (SqueezeLLM, arXiv 2306.07629, eq. 4)
 
 W, weights f, codes: [N, K]; codebook: [N, 2**bits] float32, ascending. Rows are independent.
 
 In one dimension every cluster is an interval of the sorted row, so a solution is 2**bits - 1 cuts, and the cost of an
 interval follows from three prefix sums (f, f w, f w**2): no distances are ever tabulated.
 
-1. Sort the row. Centre it on its weighted mean, scale it to [-1, 1], scale f to a largest value of 1: float32 prefix sums
-   then lose little to cancellation.
-2. Cut the row into fine bins of equal sum of (f gap**2)**(1/3), 16 for each codebook entry. By Panter and Dite the best
-   quantizer places its levels with the density of that sum, so the bins are fine exactly where cuts will be wanted.
-3. Choose the cuts among the bin edges by dynamic programming, coarse to fine: each pass looks at every cut's neighbourhood
-   only, centred on the pass before. The first sees the whole row for up to 8 entries, 4 entries either side beyond.
-4. Lloyd's iterations to convergence on the sorted row: cut at midpoints, then move each entry to its interval's mean.
+1. Sort the row. Centre it on its weighted mean, scale it to [-1, 1], scale f to a largest value of 1: float32 prefix
+   sums then lose little to cancellation.
+2. Cut the row into fine bins of equal sum of (f gap**2)**(1/3). By Panter and Dite the best quantizer places its levels
+   with the density of that sum, so the bins are fine exactly where cuts will be wanted.
+3. Up to 32 entries: the best cuts among 128 or 192 bin edges, by dynamic programming. Above: 8 bins an entry (at most
+   every element its own), then the two neighbours that cost least to join are joined until 2**bits clusters are left.
+4. Lloyd's iterations to convergence: cut at midpoints, then move each entry to its interval's mean.
 5. Means once more as direct sums over each cluster's members: exact where a prefix difference drowns in a large prefix.
 
 `fit_codebook_exact` runs the dynamic programme over every element instead, for as many operations as 2**bits K log K.
@@ -22,13 +22,19 @@ Special rows: all weights zero (or none usable) means unweighted; entries of wei
 nothing; with fewer distinct values than entries the surplus entries repeat others; nothing is ever NaN for finite W.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-ROWS_AT_ONCE = 64  # bounds every temporary: [64, K] floats and [64, 65, 65] candidate costs
-BINS_PER_ENTRY = 16
+Search = Callable[[jax.Array, jax.Array], Any]  # sorted rows and weights [R, K] -> codebook [R, C]
+
+ROWS_AT_ONCE = 64  # bounds every temporary: [64, K] floats and [64, 193, 193] interval costs
+DYNAMIC_LIMIT = 32  # entries up to which bins are cut by dynamic programming
+BINS = {2: 128, 4: 128, 8: 128, 16: 128, 32: 192}  # edges offered to the dynamic programme
+BINS_PER_ENTRY = 8  # for joining
 BLOCK = 16  # midpoints compared in one fused pass of `assign_codes`
 
 
@@ -36,15 +42,15 @@ BLOCK = 16  # midpoints compared in one fused pass of `assign_codes`
 def fit_codebook(W: jax.Array, weights: jax.Array, bits: int, iterations: int = 50) -> tuple[jax.Array, jax.Array]:
     """(codebook [N, 2**bits] float32 ascending, codes [N, K] int32) for W [N, K] and non-negative weights [N, K].
 
-    `iterations` bounds Lloyd's steps; about five are used after the dynamic programme. Negative or non-finite weights
+    `iterations` bounds Lloyd's steps; about ten are used after this start. Negative or non-finite weights
     count as zero. Raises ValueError for bits outside 1..8 or shapes that differ.
     """
     _check(W, weights, bits)
 
     def search(x: jax.Array, f: jax.Array) -> jax.Array:
-        return _lloyd(x, f, _binned_cuts(x, f, 2**bits), iterations)
+        return _search(x, f, 2**bits, iterations)
 
-    return _by_chunks(lambda w, f: _fit_rows(w, f, bits, search), W, weights)
+    return _by_chunks(lambda w, f: _fit_rows(w, f, search), W, weights)
 
 
 @partial(jax.jit, static_argnames=("bits",))
@@ -59,12 +65,12 @@ def fit_codebook_exact(W: jax.Array, weights: jax.Array, bits: int) -> tuple[jax
     def search(x: jax.Array, f: jax.Array) -> jax.Array:
         return _lloyd(x, f, _exact_cuts(x, f, 2**bits), 1)
 
-    return _by_chunks(lambda w, f: _fit_rows(w, f, bits, search), W, weights)
+    return _by_chunks(lambda w, f: _fit_rows(w, f, search), W, weights)
 
 
 @jax.jit
 def assign_codes(W: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Codes [N, K] int32 of the entries of codebook [N, C] (ascending) nearest to W [N, K]; ties go to the lower entry."""
+    """Codes [N, K] int32 of the entries of codebook [N, C] (ascending) nearest to W [N, K]; ties to the lower entry."""
     # Compares in blocks: XLA fuses 16 at a time without writing [N, K, C], and beats gathers by ten to one on a CPU.
     midpoints = 0.5 * codebook[:, :-1].astype(jnp.float32) + 0.5 * codebook[:, 1:].astype(jnp.float32)
     blocks = -(-midpoints.shape[1] // BLOCK)
@@ -94,7 +100,7 @@ def _check(W: jax.Array, weights: jax.Array, bits: int) -> None:
         raise ValueError(f"W has {W.shape[1]} columns; the sort keeps 16 bits for the column, so at most 65536")
 
 
-def _by_chunks(fit, W: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _by_chunks(fit: Search, W: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows, columns = W.shape
     size = min(ROWS_AT_ONCE, rows)
     pad = ((0, -rows % size), (0, 0))
@@ -103,8 +109,7 @@ def _by_chunks(fit, W: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Ar
     return codebook.reshape(-1, codebook.shape[-1])[:rows], codes.reshape(-1, columns)[:rows]
 
 
-def _fit_rows(W: jax.Array, f: jax.Array, bits: int, search) -> tuple[jax.Array, jax.Array]:
-    entries = 2**bits
+def _fit_rows(W: jax.Array, f: jax.Array, search: Search) -> tuple[jax.Array, jax.Array]:
     f = jnp.where(jnp.isfinite(f), jnp.maximum(f, 0.0), 0.0)
     largest = jnp.max(f, axis=1, keepdims=True)
     # Below the normal range a quotient is unreliable, and such a row carries no preference worth keeping.
@@ -122,9 +127,7 @@ def _fit_rows(W: jax.Array, f: jax.Array, bits: int, search) -> tuple[jax.Array,
 
     codebook = search(*_sorted_rows(z, f))
     codes = assign_codes(z, codebook)
-    total = jax.vmap(partial(jax.ops.segment_sum, num_segments=entries))
-    mass, moment = total(f, codes), total(f * z, codes)
-    codebook = jnp.where(mass > 0, moment / jnp.where(mass > 0, mass, 1.0), codebook)
+    _, codebook = _clusters(z, f, codes, codebook)
     codebook = jnp.sort((codebook * span + mean) * size, axis=1)
     return codebook, assign_codes(W, codebook)
 
@@ -132,9 +135,9 @@ def _fit_rows(W: jax.Array, f: jax.Array, bits: int, search) -> tuple[jax.Array,
 def _sorted_rows(x: jax.Array, f: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x [R, K] ascending and f in the same order.
 
-    One integer is sorted for each entry, its high bits the value's, its low bits the column: on a CPU four times as fast
-    as sorting pairs. Values that agree in the 32 - log2(K) bits kept may swap (K = 4096 keeps 11 bits of the fraction);
-    this can only move a cut among near-equals, and codes and means are taken from the values themselves afterwards.
+    One integer is sorted for each entry, its high bits the value's, its low bits the column: on a CPU four times as
+    fast as sorting pairs. Values that agree in the 32 - log2(K) bits kept may swap (K = 4096 keeps 11 bits of the
+    fraction); that moves a cut among near-equals at most, and final codes and means come from the values themselves.
     """
     low = max((x.shape[1] - 1).bit_length(), 1)
     word = jax.lax.bitcast_convert_type(x, jnp.int32)
@@ -177,65 +180,107 @@ def _bin_edges(x: jax.Array, f: jax.Array, bins: int) -> jax.Array:
     return jnp.clip(edges, 0, columns).at[:, 0].set(0).at[:, -1].set(columns)
 
 
-def _binned_cuts(x: jax.Array, f: jax.Array, entries: int) -> jax.Array:
-    """Starts of the clusters [R, entries + 1] (0 first, K last) by dynamic programming over bins, doubling the entries."""
-    rows, columns = x.shape
+def _search(x: jax.Array, f: jax.Array, entries: int, iterations: int) -> jax.Array:
+    """Codebook [R, entries] of sorted rows [R, K]."""
+    if entries <= DYNAMIC_LIMIT:
+        edges = _bin_edges(x, f, BINS[entries])
+        cuts = _best_cuts([_at(p, edges) for p in _prefixes(x, f)], entries)
+        return _lloyd(x, f, _at(edges, cuts), iterations)
+    columns = x.shape[1]
+    if columns <= entries:
+        return jnp.pad(x, ((0, 0), (0, entries - columns)), mode="edge")
     bins = min(BINS_PER_ENTRY * entries, columns)
-    sums = _prefixes(x, f)
+    mass, mean = f, x
     if bins < columns:
+        # The number of edges at or before a position is its bin; repeated edges leave bins empty.
         edges = _bin_edges(x, f, bins)
-        sums = [_at(p, edges) for p in sums]
-    else:
-        edges = jnp.broadcast_to(jnp.arange(columns + 1, dtype=jnp.int32), (rows, columns + 1))
-
-    count = min(entries, 8)
-    ends = jnp.broadcast_to(jnp.arange(count + 1, dtype=jnp.int32) * bins // count, (rows, count + 1))
-    while True:
-        # A first problem this small is searched whole: 32 steps of an eighth of a cell either side.
-        for stride, reach in REACH[count](bins):
-            cuts = _improve_cuts(sums, ends[:, 1:-1], stride * jnp.arange(-reach, reach + 1, dtype=jnp.int32))
-            ends = jnp.concatenate([ends[:, :1], cuts, ends[:, -1:]], axis=1)
-        if count == entries:
-            return _at(edges, ends)
-        halves = (ends[:, :-1] + ends[:, 1:]) // 2
-        ends = jnp.concatenate([jnp.stack([ends[:, :-1], halves], axis=2).reshape(rows, -1), ends[:, -1:]], axis=1)
-        count *= 2
+        row = jnp.arange(x.shape[0])[:, None]
+        owner = jnp.cumsum(jnp.zeros((x.shape[0], columns + 1), jnp.int32).at[row, edges[:, 1:]].add(1), axis=1)[:, :-1]
+        mass, mean = _clusters(x, f, owner, _at(x, jnp.minimum(edges[:, :-1], columns - 1)))
+    return _direct_lloyd(x, f, _join_neighbours(mass, mean, entries), iterations)
 
 
-def _improve_cuts(sums: list[jax.Array], cuts: jax.Array, offsets: jax.Array) -> jax.Array:
-    """The best cuts [R, C - 1] with each of them at one of `offsets` [P] from its place; sums: prefixes [R, bins + 1].
-
-    best(m, b) = min over a of best(m - 1, a) + cost(position a of cut m - 1, position b of cut m)
-    """
-    last = sums[0].shape[1] - 1
-    places = jnp.clip(cuts.T[:, :, None] + offsets, 0, last)  # [C - 1, R, P]
-
-    def cost(a: jax.Array, b: jax.Array) -> jax.Array:  # [R, A], [R, B] -> [R, A, B]
-        interval = _cost([_at(p, a)[:, :, None] for p in sums], [_at(p, b)[:, None, :] for p in sums])
-        return jnp.where(a[:, :, None] <= b[:, None, :], interval, jnp.inf)
-
-    def forward(state: tuple[jax.Array, jax.Array], place: jax.Array):
-        best, before = state
-        best = jnp.min(best[:, :, None] + cost(before, place), axis=1)
-        return (best, place), best
+def _best_cuts(sums: list[jax.Array], entries: int) -> jax.Array:
+    """Optimal cuts [R, entries + 1] among bins: best(m, j) = min over i of best(m - 1, i) + cost(i, j)."""
+    rows, ends = sums[0].shape
+    cost = _cost([p[:, :, None] for p in sums], [p[:, None, :] for p in sums])
+    place = jnp.arange(ends, dtype=jnp.int32)
+    cost = jnp.where(place[:, None] <= place[None, :], cost, jnp.inf)
 
     # Only minima are kept on the way forward: XLA vectorizes min but not argmin, and one column a cut is cheap to redo.
-    def backward(after: jax.Array, step: tuple[jax.Array, jax.Array]):
-        best, place = step
-        choice = jnp.argmin(best + cost(place, after[:, None])[:, :, 0], axis=1)
-        cut = _at(place, choice[:, None])[:, 0]
-        return cut, cut
+    def forward(best: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        return jnp.min(best[:, :, None] + cost, axis=1), best
 
-    start = jnp.zeros((cuts.shape[0], 1), jnp.int32)
-    first = cost(start, places[0])[:, 0]
-    _, more = jax.lax.scan(forward, (first, places[0]), places[1:])
-    best = jnp.concatenate([first[None], more])
-    _, chosen = jax.lax.scan(backward, start[:, 0] + last, (best, places), reverse=True)
-    return chosen.T
+    def backward(end: jax.Array, best: jax.Array) -> tuple[jax.Array, jax.Array]:
+        column = jnp.take_along_axis(cost, end[:, None, None], axis=2)[:, :, 0]
+        start = jnp.argmin(best + column, axis=1).astype(jnp.int32)
+        return start, start
+
+    _, best = jax.lax.scan(forward, cost[:, 0], None, length=entries - 1)
+    last = jnp.full((rows,), ends - 1, jnp.int32)
+    _, cuts = jax.lax.scan(backward, last, best, reverse=True)
+    return jnp.concatenate([jnp.zeros_like(cuts[:1]), cuts, last[None]]).T
+
+
+def _clusters(x: jax.Array, f: jax.Array, codes: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(mass, mean) [R, C] of each cluster from direct sums; the mean is `old` [R, C] where the mass is 0."""
+    total = jax.vmap(partial(jax.ops.segment_sum, num_segments=old.shape[1]))
+    mass, moment = total(f, codes), total(f * x, codes)
+    return mass, jnp.where(mass > 0, moment / jnp.where(mass > 0, mass, 1.0), old)
+
+
+def _join_neighbours(mass: jax.Array, mean: jax.Array, entries: int) -> jax.Array:
+    """Means [R, entries] that are left of clusters [R, B], ascending, after joining the cheapest neighbours one by one.
+
+    Joining a and b costs m_a m_b / (m_a + m_b) (mean_a - mean_b)**2. Nothing is subtracted but two means, so this keeps
+    its precision where most of the weight sits in clusters of one and prefix sums would drown the rest.
+    """
+    rows, size = mass.shape
+    row = jnp.arange(rows, dtype=jnp.int32)
+
+    def price(mass_a: jax.Array, mean_a: jax.Array, mass_b: jax.Array, mean_b: jax.Array) -> jax.Array:
+        return mass_a * (mass_b / jnp.maximum(mass_a + mass_b, 1e-37)) * (mean_a - mean_b) ** 2
+
+    def join(_: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        prices, mass, mean, before, after = state  # prices[i]: of joining cluster i to the one before
+        gone = jnp.argmin(prices, axis=1).astype(jnp.int32)
+        left, right = before[row, gone], after[row, gone]
+        one, two = mass[row, left], mass[row, gone]
+        share = jnp.where(one + two > 0, two / jnp.maximum(one + two, 1e-37), 0.5)
+        mean = mean.at[row, left].add(share * (mean[row, gone] - mean[row, left]))
+        mass = mass.at[row, left].set(one + two)
+        prices = prices.at[row, gone].set(jnp.inf)
+        after, before = after.at[row, left].set(right), before.at[row, right].set(left)
+        for a, b in ((before[row, left], left), (left, right)):
+            new = price(mass[row, a], mean[row, a], mass[row, b], mean[row, b])
+            prices = prices.at[row, b].set(jnp.where((b > 0) & (b < size), new, jnp.inf))
+        return prices, mass, mean, before, after
+
+    place = jnp.broadcast_to(jnp.arange(size + 1, dtype=jnp.int32), (rows, size + 1))  # one sentinel at the end
+    mass, mean = jnp.pad(mass, ((0, 0), (0, 1))), jnp.pad(mean, ((0, 0), (0, 1)))
+    prices = jnp.pad(price(mass[:, :-1], mean[:, :-1], mass[:, 1:], mean[:, 1:])[:, : size - 1], ((0, 0), (1, 1)))
+    prices = jnp.where((place > 0) & (place < size), prices, jnp.inf)
+    state = (prices, mass, mean, jnp.maximum(place - 1, 0), jnp.minimum(place + 1, size))
+    prices, _, mean, _, _ = jax.lax.fori_loop(0, size - entries, join, state)
+    kept = jnp.isfinite(prices) | (place == 0)
+    return _at(mean, jnp.sort(jnp.where(kept, place, size), axis=1)[:, :entries])
+
+
+def _direct_lloyd(x: jax.Array, f: jax.Array, codebook: jax.Array, iterations: int) -> jax.Array:
+    """Lloyd's iterations from `codebook` [R, C] with direct sums: dearer than `_lloyd`, precise for light clusters."""
+
+    def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        codebook, codes, count, _ = state
+        _, codebook = _clusters(x, f, codes, codebook)
+        moved = assign_codes(x, codebook)
+        return codebook, moved, count + 1, jnp.any(moved != codes)
+
+    state = (codebook, assign_codes(x, codebook), jnp.int32(0), jnp.bool_(True))
+    return jax.lax.while_loop(lambda s: (s[2] < iterations) & s[3], step, state)[0]
 
 
 def _lloyd(x: jax.Array, f: jax.Array, starts: jax.Array, iterations: int) -> jax.Array:
-    """Codebook [R, C] after Lloyd's iterations from the clusters that begin at `starts` [R, C + 1] of sorted rows [R, K]."""
+    """Codebook [R, C] after Lloyd's iterations from clusters beginning at `starts` [R, C + 1] of sorted rows [R, K]."""
     columns = x.shape[1]
     mass, moment = _prefix(f), _prefix(f * x)
 

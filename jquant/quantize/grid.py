@@ -2,8 +2,8 @@
 
     W ~ scale * (code - zero)        code, zero integers in [0, 2**bits - 1]
 
-Symmetric grids store no zero: it is 2**(bits - 1). Asymmetric ones always hold the value 0, because the range is widened
-to include it, so a zero weight stays zero.
+Symmetric grids store no zero: it is 2**(bits - 1). Asymmetric ranges are widened to include the value 0, so a zero
+weight stays zero on every grid.
 
 Layouts, with W [N, K] (N outputs, K inputs):
 
@@ -12,18 +12,18 @@ Layouts, with W [N, K] (N outputs, K inputs):
 
 `group_size=None` means the whole row (or column). A tail shorter than group_size is a group of its own.
 
-Ranges. Asymmetric: scale = (max - min) / (2**bits - 1) after widening to 0. Symmetric: with h = 2**(bits - 1) the scale is
-whichever of absmax / (h - 1), absmax / (h - 1/2), absmax / h has the lower squared error in its group. The first never
-clips (the textbook choice, QUIK's too) but leaves code 0 idle; the others trade half a step or a step of clipping at one
-end for a finer grid. Mean squared error on Gaussian groups of 128, in units of the variance:
+Ranges. Asymmetric: scale = (max - min) / (2**bits - 1) after widening to 0. Symmetric: with h = 2**(bits - 1) the scale
+is whichever of absmax / (h - 1), absmax / (h - 1/2), absmax / h has the lowest squared error in its group. The first
+never clips (the textbook choice, QUIK's too) but leaves code 0 idle; the others accept half a step or a whole one of
+clipping at one end for a finer grid. Mean squared error on Gaussian groups of 128, in units of the variance:
 
     bits    h - 1     h - 1/2   h         best of three per group
     2       0.591     0.305     0.189     0.189
     3       0.0756    0.0568    0.0455    0.0454
     4       0.0139    0.0123    0.0112    0.0110
 
-Clip search shrinks the min-max range by p = 1.00, 0.99, ... 0.21 and keeps the p with the least sum |W_hat - W|**2.4, the
-larger p on ties (QUIK, arXiv 2310.09259, and its released weight quantizer).
+Clip search shrinks the min-max range (symmetric: absmax / (h - 1)) by p = 1.00, 0.99, ... 0.21 and keeps the p with
+the least sum |W_hat - W|**2.4, the larger p on ties (QUIK, arXiv 2310.09259, and its released weight quantizer).
 
 Scales are rounded to the type they will be stored in before any code is computed, so that what is measured here is what
 a checkpoint holds. All inputs must be finite. No function here looks at values in Python except `storage_dtype` and
@@ -44,10 +44,14 @@ CLIP_STEPS = 80
 CLIP_EXPONENT = 2.4
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["scales", "zeros"], meta_fields=["bits", "group_size", "group_axis"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["scales", "zeros"],
+    meta_fields=["bits", "group_size", "group_axis"],
+)
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Levels of a matrix [N, K]: scales and zeros [N, G] (group_axis "in") or [G, K] ("out"); zeros int32, or None when symmetric."""
+    """Levels of a matrix [N, K]: scales and zeros [N, G] ("in") or [G, K] ("out"); zeros int32, None when symmetric."""
 
     scales: jax.Array
     zeros: jax.Array | None
@@ -65,7 +69,7 @@ def check_grid(bits: int, group_size: int | None, group_axis: str) -> int | None
     if group_size in (None, -1):
         return None
     if group_size < 1:
-        raise ValueError(f"group_size={group_size} is not a size; expected a positive number, or None for the whole row")
+        raise ValueError(f"group_size={group_size} is no size; expected a positive number, or None for whole rows")
     return group_size
 
 
@@ -124,13 +128,13 @@ def fit_grid(
         power = distance * distance if exponent == 2.0 else distance**exponent
         return jnp.sum(jnp.where(valid, power, 0.0), axis=-1)
 
-    if clip_search:
-        keep = lambda step: (CLIP_STEPS + 20 - step) / 100  # noqa: E731  1.00, 0.99, ... 0.21
-        candidate = lambda step: _range_to_scale(low * keep(step), high * keep(step), bits, symmetric, 1.0, scale_dtype)  # noqa: E731
-        count, exponent = CLIP_STEPS, CLIP_EXPONENT
-    else:
-        candidate = lambda step: _range_to_scale(low, high, bits, symmetric, 1.0 - 0.5 * step, scale_dtype)  # noqa: E731
-        count, exponent = (3 if symmetric else 1), 2.0
+    def candidate(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if clip_search:
+            keep = (100.0 - step) / 100.0
+            return _range_to_scale(low * keep, high * keep, bits, symmetric, 1.0, scale_dtype)
+        return _range_to_scale(low, high, bits, symmetric, 1.0 - 0.5 * step, scale_dtype)
+
+    count, exponent = (CLIP_STEPS, CLIP_EXPONENT) if clip_search else (3 if symmetric else 1, 2.0)
 
     scale, zero = candidate(jnp.float32(0))
     if count > 1:

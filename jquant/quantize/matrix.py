@@ -103,7 +103,9 @@ def quantize_array(
         return _squeezellm(W, jnp.ones_like(W) if fisher is None else fisher, spec, outlier_range, path)
     statistic = None if hessian is None else jnp.asarray(hessian)
     if statistic is not None and statistic.shape != (W.shape[1], W.shape[1]):
-        raise ValueError(f"{path} has {W.shape[1]} inputs; expected a square Hessian of that size, got {statistic.shape}")
+        raise ValueError(
+            f"{path} has {W.shape[1]} inputs; expected a square Hessian of that size, got {statistic.shape}"
+        )
     return _affine(W, statistic, spec, path)
 
 
@@ -129,9 +131,7 @@ def quantize_siblings(
     return result
 
 
-def _affine(
-    W: jax.Array, hessian: jax.Array | None, spec: QuantSpec, path: str
-) -> tuple[QuantizedLinear, LayerReport]:
+def _affine(W: jax.Array, hessian: jax.Array | None, spec: QuantSpec, path: str) -> tuple[QuantizedLinear, LayerReport]:
     if hessian is None:
         dtype = choose_scale_dtype(W, spec.bits, spec.group_size, spec.symmetric, spec.group_axis)
         codes, grid = rtn.rtn(W, spec.bits, spec.group_size, spec.symmetric, spec.group_axis, scale_dtype=dtype)
@@ -243,6 +243,8 @@ def _codebook_dtype(W: jax.Array) -> Any:
     """float16 unless the matrix's range leaves its normal range. Entries near 0 may be subnormal: their absolute
     error, 3e-8, is nothing beside the spacing of a table whose largest entry is normal by a factor of 64."""
     largest = float(jnp.max(jnp.abs(W)))
-    if largest == 0 or (storage_dtype(np.float32(largest)) == np.float16 and largest > 64 * 6.1e-5 and math.isfinite(largest)):
+    if largest == 0 or (
+        storage_dtype(np.float32(largest)) == np.float16 and largest > 64 * 6.1e-5 and math.isfinite(largest)
+    ):
         return jnp.float16
     return jnp.float32

@@ -172,7 +172,9 @@ def _from_statistics(model: Any, run: _Run, given: Mapping[str, Stats], method: 
     wanted = HessianStats if STATISTIC[method] == "hessian" else FisherStats
     for path in run.plan:
         if not isinstance(given.get(path), wanted):
-            raise ValueError(f"method {method} needs {wanted.__name__} for {path}, got {type(given.get(path)).__name__}")
+            raise ValueError(
+                f"method {method} needs {wanted.__name__} for {path}, got {type(given.get(path)).__name__}"
+            )
     ranges = _outlier_ranges(model, run) if method == "squeezellm" else {}
     for index, block in enumerate(model.layers):
         if not run.paths(index) or run.resumed(index) is not None:
@@ -183,9 +185,7 @@ def _from_statistics(model: Any, run: _Run, given: Mapping[str, Stats], method: 
             spec, full = run.spec(index, path), block_prefix(index) + path
             statistic = given[full].finalize()
             named = {"hessian": statistic} if wanted is HessianStats else {"fisher": statistic}
-            results[path] = quantize_array(
-                weights[path], spec, outlier_range=ranges.get(spec), path=full, **named
-            )
+            results[path] = quantize_array(weights[path], spec, outlier_range=ranges.get(spec), path=full, **named)
         run.finish(index, results)
 
 

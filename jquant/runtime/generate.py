@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,8 @@ def _decode_step_by_step(
 
 def compiled_count() -> int:
     """How many programs prefill and decode have compiled so far in this process."""
-    return _prefill._cache_size() + _decode._cache_size()
+    programs: tuple[Any, ...] = (_prefill, _decode)  # the types of jax.jit do not tell of its cache
+    return sum(program._cache_size() for program in programs)
 
 
 @functools.partial(jax.jit, static_argnames=("room",))
@@ -222,9 +224,10 @@ def _prefill(model: Decoder, tokens: jax.Array, positions: jax.Array, choice: tu
     batch, length = tokens.shape
     dtype = model.embed_tokens.weight.get_value().dtype
     memory = init_cache(model.config, batch, length + room, dtype)
-    x, memory = model.hidden(tokens, positions, memory)
+    x, filled = model.hidden(tokens, positions, memory)
+    assert filled is not None
     blank = _State(
-        memory=memory,
+        memory=filled,
         last=tokens[:, -1],
         positions=positions[:, -1],
         output=jnp.zeros((batch, room), jnp.int32),
@@ -233,7 +236,7 @@ def _prefill(model: Decoder, tokens: jax.Array, positions: jax.Array, choice: tu
         step=jnp.int32(0),
     )
     # Left padding puts every prompt's last token into the last column.
-    return _take(blank, memory, model.head(x[:, -1:])[:, 0], choice)
+    return _take(blank, filled, model.head(x[:, -1:])[:, 0], choice)
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

@@ -11,6 +11,7 @@ A cache is a pytree. Under `jax.jit`, donate it and each write happens in place.
 """
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +39,19 @@ class LayerCache:
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, window: int | None
-    ) -> tuple[jax.Array, "LayerCache"]:
+    ) -> tuple[jax.Array, Self]:
         """Adds k, v [B, T, Hkv, d] at the cursor and attends with q [B, T, H, d]; out [B, T, H, d] and the new cache.
 
         The caller sees to it that T slots are free: beyond the end, the last slots would be overwritten.
         """
         start = (0, self.cursor, 0, 0)
-        after = LayerCache(
+        after = dataclasses.replace(
+            self,
             keys=lax.dynamic_update_slice(self.keys, k.astype(self.keys.dtype), start),
             values=lax.dynamic_update_slice(self.values, v.astype(self.values.dtype), start),
             positions=lax.dynamic_update_slice(self.positions, context.positions, (0, self.cursor)),
             cursor=self.cursor + q.shape[1],
+            empty=False,
         )
         if self.empty:
             return self_attention(q, k, v, context.positions, window), after

@@ -85,6 +85,7 @@ class Codebook:
 Weight = Affine | Codebook
 
 
+@jax.jit
 def matvec(x: jax.Array, weight: Weight) -> jax.Array:
     """x [M, K] float32 times the transposed weight, [M, N] float32, for few rows M: nothing decoded is stored."""
     chunk, steps = _chunks(weight)
@@ -104,16 +105,20 @@ def matvec(x: jax.Array, weight: Weight) -> jax.Array:
     return total
 
 
+@functools.partial(jax.jit, static_argnames=("dtype",))
 def decode(weight: Weight, dtype: jnp.dtype) -> jax.Array:
     """The decoded matrix, transposed: [K, N]."""
     chunk, steps = _chunks(weight)
 
-    def step(_: None, index: jax.Array) -> tuple[None, jax.Array]:
+    def step(index: jax.Array, dense: jax.Array) -> jax.Array:
         codes = stream_window(weight.words, index, weight.bits, chunk)
-        return None, jnp.stack(weight.values(codes, index * chunk)).astype(dtype)
+        # Row by row in place: one stacked write a step makes XLA's CPU compiler decode every value again for each row.
+        for j, value in enumerate(weight.values(codes, index * chunk)):
+            dense = jax.lax.dynamic_update_slice(dense, value.astype(dtype)[None], (index * chunk + j, 0))
+        return dense
 
-    _, parts = jax.lax.scan(step, None, jnp.arange(steps, dtype=jnp.int32))
-    return parts.reshape(steps * chunk, -1)[: weight.shape[1]]
+    start = jnp.zeros((steps * chunk, weight.shape[0]), dtype)
+    return jax.lax.fori_loop(0, steps, step, start)[: weight.shape[1]]
 
 
 def _chunks(weight: Weight) -> tuple[int, int]:

@@ -58,6 +58,7 @@ def test_only_llama_rows_are_unpermuted_weights_and_biases_alike(gguf_file, smal
                 expected = tensors[f"blk.{layer}.{theirs}.{kind}"]
                 np.testing.assert_array_equal(getattr(linear, kind).get_value(), expected)
     np.testing.assert_array_equal(model.layers[1].mlp.down_proj.weight.get_value(), tensors["blk.1.ffn_down.weight"])
+    assert model.lm_head is not None
     np.testing.assert_array_equal(model.lm_head.weight.get_value(), tensors["output.weight"])
 
 
@@ -121,7 +122,9 @@ def test_qwen3_norms_and_free_head_size(gguf_file, small):
     changes = {"attention.key_length": 16, "attention.value_length": 16, "rope.dimension_count": None}
     source = convert.open_source(gguf_file(tensors, "qwen3", changes))
     assert source.config.head_dim == 16 and source.config.qk_norm and source.config.family == "qwen3"
-    np.testing.assert_array_equal(source.load().layers[1].self_attn.k_norm.weight.get_value(), np.full(16, 2.0))
+    norm = source.load().layers[1].self_attn.k_norm
+    assert norm is not None
+    np.testing.assert_array_equal(norm.weight.get_value(), np.full(16, 2.0))
 
 
 def llama3_factors(factor, theta=500000.0, head_dim=8, low=1.0, high=4.0, original=8192):

@@ -114,6 +114,7 @@ def test_parameters_are_the_tensors(checkpoint):
     assert source.tensor_bytes() == sum(array.nbytes for array in tensors.values())
     up = model.layers[1].mlp.up_proj.weight.get_value()
     np.testing.assert_array_equal(up, tensors["model.layers.1.mlp.up_proj.weight"])
+    assert model.lm_head is not None
     np.testing.assert_array_equal(model.lm_head.weight.get_value(), tensors["lm_head.weight"])
 
 

@@ -1,11 +1,11 @@
 """Tokenizers come out of directories and GGUF vocabularies, and can be stored and read again."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -199,10 +199,9 @@ def test_code_in_a_tokenizer_directory_is_not_run(tmp_path):
         assert "cannot be read" in str(error)
 
 
-def test_loading_prints_nothing(gguf_file):
-    path = gguf_file(metadata=byte_level("gpt-2"))
-    code = f"import convert; convert.open_source({str(path)!r}).tokenizer()"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")  # 256 tokens do not fit the 40 rows of the embedding
-    assert "tokenizer.ggml.tokens" in done.stderr and "PyTorch" not in done.stderr
+def test_loading_prints_nothing(gguf_file, small):
+    tensors = small.gguf_tensors(tied=True) | {"token_embd.weight": np.zeros((256, 32), np.float32)}
+    path = gguf_file(tensors, metadata=byte_level("gpt-2"))
+    code = f"import convert; source = convert.open_source({str(path)!r}); source.tokenizer(); source.load()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

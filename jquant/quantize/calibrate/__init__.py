@@ -6,14 +6,14 @@ from typing import Any, Literal
 import numpy as np
 
 from jquant.format import tree as trees
-from jquant.quantize.calibrate.batches import cut_batches as cut_batches
-from jquant.quantize.calibrate.batches import split_batches as split_batches
+from jquant.quantize.calibrate.batches import cut_batches as cut_batches, split_batches as split_batches
 from jquant.quantize.calibrate.blocks import BlockModel, block_prefix, embed, make_context, observe_block
-from jquant.quantize.calibrate.fisher import diagonal_fisher as diagonal_fisher
-from jquant.quantize.calibrate.fisher import stream_fisher as stream_fisher
-from jquant.quantize.calibrate.statistics import FisherStats as FisherStats
-from jquant.quantize.calibrate.statistics import HessianStats as HessianStats
-from jquant.quantize.calibrate.statistics import Stats as Stats
+from jquant.quantize.calibrate.fisher import diagonal_fisher as diagonal_fisher, stream_fisher as stream_fisher
+from jquant.quantize.calibrate.statistics import (
+    FisherStats as FisherStats,
+    HessianStats as HessianStats,
+    Stats as Stats,
+)
 
 
 def linear_paths(model: Any) -> list[str]:
@@ -63,6 +63,8 @@ def paths_by_block(paths: Sequence[str]) -> dict[int, list[str]]:
     for path in paths:
         parts = path.split(".", 2)
         if len(parts) != 3 or parts[0] != "layers" or not parts[1].isdigit():
-            raise ValueError(f"{path} lies in no block (layers.<index>.<name>); only layers inside blocks are quantized")
+            raise ValueError(
+                f"{path} lies in no block (layers.<index>.<name>); only layers inside blocks are quantized"
+            )
         inside.setdefault(int(parts[1]), []).append(parts[2])
     return inside

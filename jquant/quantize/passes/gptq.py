@@ -20,8 +20,8 @@ The result does not depend on the factor of H: damping is relative, H += damping
 W is kept transposed inside, [K, N], so that the column being rounded is contiguous. U comes from one Cholesky factor
 of H read backwards, H = R R^T with R upper, U = R^-1: no explicit inverse of H.
 
-`gptq` and `gptq_codebook` are jittable and go under `vmap` for equal shapes; where H cannot be factored they return plain
-rounding and ok = False. `gptq_or_rtn` looks at that flag, raises the damping, and says what it did.
+`gptq` and `gptq_codebook` are jittable and go under `vmap` for equal shapes; where H is unusable they say ok = False.
+`gptq_or_rtn` looks at that flag, raises the damping, falls back to `rtn` in the end, and says what it did.
 """
 
 import math
@@ -43,7 +43,7 @@ DAMPING_LIMIT = 10.0
 
 
 class GPTQResult(NamedTuple):
-    """codes [N, K] int32, their grid, and ok (bool scalar): False means H was unusable and the codes are plain rounding."""
+    """codes [N, K] int32, their grid, and ok (bool scalar): False means H was unusable, and so are the codes."""
 
     codes: jax.Array
     grid: Grid
@@ -91,10 +91,10 @@ def compensated_rounding(
 ) -> tuple[Any, jax.Array, jax.Array]:
     """The column loop for any quantizer: (recorded, decoded W [N, K], ok), both in the original column order.
 
-    quantize_column(state, w [N], k) sees column k of the original order with its compensated values; what it records (a pytree)
-    is stacked along a new leading axis K. Returning w itself as decoded keeps a column unquantized. order [K] int32
-    is the visiting order (default 0 .. K - 1). start_block(state, W_t [K', N], position) may replace the state before each block; it
-    sees every column as compensated so far, in visiting order.
+    quantize_column(state, w [N], k) sees the compensated values of column k (original order); what it records (any tree)
+    is stacked along a new leading axis K. Returning w itself as decoded keeps a column unquantized. order [K] int32 is
+    the visiting order (default 0 .. K - 1). start_block(state, W_t [K', N], position) may replace the state before each
+    block; it sees every column as compensated so far, in visiting order.
     """
     rows, columns = W.shape
     order = jnp.arange(columns, dtype=jnp.int32) if order is None else order.astype(jnp.int32)
@@ -136,9 +136,17 @@ def compensated_rounding(
 @partial(
     jax.jit,
     static_argnames=(
-        "bits", "group_size", "symmetric", "group_axis", "act_order", "static_groups", "block_size", "clip_search", "scale_dtype",
+        "bits",
+        "group_size",
+        "symmetric",
+        "group_axis",
+        "act_order",
+        "static_groups",
+        "block_size",
+        "clip_search",
+        "scale_dtype",
     ),
-)  # fmt: skip
+)
 def gptq(
     W: jax.Array,
     H: jax.Array,
@@ -161,57 +169,54 @@ def gptq(
     _check(W, H)
     columns = W.shape[1]
     if group_axis == "in" and group_size is not None and act_order and not static_groups:
-        raise ValueError("act_order scatters a group's columns over the run; use static_groups=True, or act_order=False")
+        raise ValueError("act_order scatters a group's columns; use static_groups=True, or act_order=False")
     fit = partial(fit_grid, bits=bits, symmetric=symmetric, clip_search=clip_search, scale_dtype=scale_dtype)
     order = visiting_order(H) if act_order else None
-    start_block, state, record_scales = None, None, False
-
-    def on(scale: jax.Array, zero: jax.Array | None, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        grid = Grid(scale[:, None], None if zero is None else zero[:, None], bits, None, "in")
-        codes = quantize_to_grid(w[:, None], grid)
-        return codes[:, 0], dequantize_grid(codes, grid)[:, 0]
-
+    run = partial(compensated_rounding, W, H, order=order, damping=damping)
     if group_axis == "out":
-
-        def quantize_column(_: Any, w: jax.Array, k: jax.Array) -> tuple[Any, jax.Array]:
-            grid = fit(w[:, None], group_size=group_size, group_axis="out")
-            codes = quantize_to_grid(w[:, None], grid)
-            return (codes[:, 0], jax.tree.map(lambda a: a[:, 0], grid)), dequantize_grid(codes, grid)[:, 0]
-
-        record_scales = True
+        (codes, each), _, ok = run(_fresh_ranges(fit, group_size), block_size=block_size)
+        grid = Grid(each.scales.T, None if symmetric else each.zeros.T, bits, group_size, "out")
     elif static_groups or group_size is None:
         grid = fit(W, group_size=group_size)
-        size = group_size or columns
-
-        def quantize_column(_: Any, w: jax.Array, k: jax.Array) -> tuple[Any, jax.Array]:
-            group = k // size
-            return on(grid.scales[:, group], None if grid.zeros is None else grid.zeros[:, group], w)
+        codes, _, ok = run(_fixed_ranges(grid, group_size or columns), block_size=block_size)
     else:
         # Blocks end where groups do, so that a group's columns are fully compensated when its range is taken.
         block_size = math.gcd(group_size, block_size)
+        start_block = partial(_ranges_at_group_start, fit, group_size, columns)
         state = fit(W[:, :group_size])
-
-        def start_block(state: Grid, Wt: jax.Array, start: jax.Array) -> Grid:
-            # Read through an index, which may run past a ragged end: those columns repeat the last one, and change no range.
-            group = jnp.minimum(start + jnp.arange(group_size), columns - 1)
-            fresh = fit(Wt[group].T)
-            return jax.tree.map(lambda new, old: jnp.where(start % group_size == 0, new, old), fresh, state)
-
-        def quantize_column(state: Grid, w: jax.Array, k: jax.Array) -> tuple[Any, jax.Array]:
-            codes = quantize_to_grid(w[:, None], state)
-            return (codes[:, 0], jax.tree.map(lambda a: a[:, 0], state)), dequantize_grid(codes, state)[:, 0]
-
-        record_scales = True
-
-    recorded, _, ok = compensated_rounding(
-        W, H, quantize_column, order=order, damping=damping, block_size=block_size, start_block=start_block, state=state
-    )
-    if not record_scales:
-        return GPTQResult(recorded.T, grid, ok)
-    codes, each = recorded[0].T, recorded[1]  # scales of each column: [K, G] ("out") or [K, N] (one group's)
-    if group_axis == "in":
+        (codes, each), _, ok = run(_current_ranges, block_size=block_size, start_block=start_block, state=state)
         each = jax.tree.map(lambda a: a[::group_size], each)
-    return GPTQResult(codes, Grid(each.scales.T, None if symmetric else each.zeros.T, bits, group_size, group_axis), ok)
+        grid = Grid(each.scales.T, None if symmetric else each.zeros.T, bits, group_size, "in")
+    return GPTQResult(codes.T, grid, ok)
+
+
+def _fixed_ranges(grid: Grid, size: int) -> QuantizeColumn:
+    def quantize_column(_: Any, w: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        column = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, k // size, 1, axis=1), grid)
+        codes = quantize_to_grid(w[:, None], column)
+        return codes[:, 0], dequantize_grid(codes, column)[:, 0]
+
+    return quantize_column
+
+
+def _fresh_ranges(fit: Callable[..., Grid], group_size: int | None) -> QuantizeColumn:
+    def quantize_column(_: Any, w: jax.Array, k: jax.Array) -> tuple[Any, jax.Array]:
+        return _current_ranges(fit(w[:, None], group_size=group_size, group_axis="out"), w, k)
+
+    return quantize_column
+
+
+def _current_ranges(grid: Grid, w: jax.Array, k: jax.Array) -> tuple[Any, jax.Array]:
+    codes = quantize_to_grid(w[:, None], grid)
+    return (codes[:, 0], jax.tree.map(lambda a: a[:, 0], grid)), dequantize_grid(codes, grid)[:, 0]
+
+
+def _ranges_at_group_start(
+    fit: Callable[..., Grid], group_size: int, columns: int, grid: Grid, Wt: jax.Array, start: jax.Array
+) -> Grid:
+    # Indices beyond a ragged end repeat the last column, which changes no range.
+    group = jnp.minimum(start + jnp.arange(group_size), columns - 1)
+    return jax.tree.map(lambda new, old: jnp.where(start % group_size == 0, new, old), fit(Wt[group].T), grid)
 
 
 @partial(jax.jit, static_argnames=("act_order", "block_size"))
@@ -262,8 +267,8 @@ def gptq_or_rtn(
         if damping * 10 > DAMPING_LIMIT * 1.001:
             reason = f"the Hessian has no Cholesky factor even with damping {damping:g}"
         damping = max(damping * 10, 1e-4)
-    grid_options = {k: options[k] for k in ("group_size", "symmetric", "group_axis", "clip_search", "scale_dtype") if k in options}
-    codes, grid = rtn(W, bits, **grid_options)
+    grid_options = ("group_size", "symmetric", "group_axis", "clip_search", "scale_dtype")
+    codes, grid = rtn(W, bits, **{name: options[name] for name in grid_options if name in options})
     return codes, grid, GPTQReport(None, dead, reason)
 
 

@@ -9,9 +9,8 @@ Entries are set aside in two disjoint groups (dense-and-sparse, arXiv 2306.07629
     outliers    of the rest, those with |w| >= T,  T = max(|q1 - R iqr|, |q3 + R iqr|)
 
 q1, q3 are the quartiles of one original matrix, iqr = q3 - q1, and R is one number for the whole model, found by
-`outlier_range` so that the model-wide share of outliers meets its target. What is set aside is replaced by 0 with weight 0
-for the codebook, and still receives the code nearest to 0, so the residual is small-ranged and decode + residual is exact
-up to float32 rounding.
+`outlier_range` so that the model-wide share of outliers meets its target. What is set aside is replaced by 0 with
+weight 0 for the codebook, and still receives the code nearest to 0; decode + residual is exact up to float32 rounding.
 
 Differences from the released code, all deliberate:
 - It keeps F > (k-th largest), thus k - 1 entries less ties, and fails for k = 0. Here exactly round(fraction * numel)
@@ -50,7 +49,7 @@ class Split(NamedTuple):
 
 
 class SqueezeLLMReport(NamedTuple):
-    """What a fit achieved. Errors are of codebook plus residual, relative: sum f (w - w_hat)**2 / sum f w**2, and with f = 1."""
+    """What a fit achieved with its residual: sum f (w - w_hat)**2 / sum f w**2, and the same with f = 1."""
 
     weighted_error: float
     relative_error: float
@@ -61,8 +60,8 @@ class SqueezeLLMReport(NamedTuple):
 def outlier_range(matrices: Matrices, fraction: float) -> float:
     """The multiplier R at which a share `fraction` of all entries satisfies |w| >= T(R).
 
-    matrices: a sequence of arrays, or a function that returns a fresh iterator over them; it is walked four or five times
-    and one matrix is in memory at a time. The share is met within 1e-6, or as nearly as equal magnitudes allow.
+    matrices: a sequence of arrays, or a function that returns a fresh iterator over them; it is walked three to six
+    times, with one matrix in memory at a time. The share is met within 1e-6, or as nearly as equal magnitudes allow.
     fraction 0 gives infinity (no outliers). Raises ValueError for a fraction outside [0, 0.5) or no entries at all.
     """
     if not 0 <= fraction < 0.5:
@@ -98,8 +97,9 @@ def outlier_range(matrices: Matrices, fraction: float) -> float:
             low, high = high, high * CANDIDATES
             continue
         after = int(np.argmax(counts <= target))  # counts never increase with R
-        # One entry, or equal magnitudes, may lie between two neighbouring values of R: then the target is not attainable.
-        if after == 0 or counts[after - 1] - counts[after] <= 1 or np.nextafter(ranges[after - 1], ranges[after]) == ranges[after]:
+        adjacent = np.nextafter(ranges[after - 1], ranges[after]) == ranges[after]
+        # A single entry, or equal magnitudes, between two values of R: the target itself is not attainable.
+        if after == 0 or counts[after - 1] - counts[after] <= 1 or adjacent:
             return float(ranges[best])
         low, high = float(ranges[after - 1]), float(ranges[after])
 
@@ -169,7 +169,7 @@ def split(W: jax.Array, fisher: jax.Array, sensitive_fraction: float = 0.0005, m
 def fit(
     W: jax.Array, fisher: jax.Array, bits: int, mask: jax.Array | None = None, codebook_dtype: Any = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
-    """(codebook [N, 2**bits] in codebook_dtype, codes [N, K] int32) of W [N, K] without the entries of mask [N, K] bool.
+    """(codebook [N, 2**bits] in codebook_dtype, codes [N, K] int32) of W [N, K] less the entries of mask [N, K] bool.
 
     Codes are computed against the codebook as rounded to `codebook_dtype`, so they are nearest in what will be stored.
     A Fisher with a value that is not finite is ignored as a whole; a row whose Fisher sums to 0 is unweighted.
@@ -209,7 +209,8 @@ def _relative_errors(W, fisher, codebook, codes, mask) -> tuple[jax.Array, jax.A
     W, f = W.astype(jnp.float32), fisher.astype(jnp.float32)
     f = f / jnp.maximum(jnp.max(f), float(jnp.finfo(jnp.float32).tiny))
     size = jnp.max(jnp.abs(W))
-    W, error = (a / jnp.where(size > 0, size, 1.0) for a in (W, jnp.where(mask, 0.0, W - codebook_lookup(codebook, codes))))
+    size = jnp.where(size > 0, size, 1.0)  # keeps the squares of huge and tiny weights inside float32
+    W, error = W / size, jnp.where(mask, 0.0, W - codebook_lookup(codebook, codes)) / size
 
     def ratio(f: jax.Array) -> jax.Array:
         whole = jnp.sum(f * W * W)

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.models.attention import CHUNK_QUERIES, MAX_SPANS, attention, self_attention
+from jquant.models.attention import CHUNK_QUERIES, MAX_SPANS, attention as eager_attention, self_attention as eager_self
+
+attention = jax.jit(eager_attention, static_argnums=5)
+self_attention = jax.jit(eager_self, static_argnums=4)
 
 
 def oracle(q, k, v, query_positions, key_positions, window):
@@ -84,8 +87,11 @@ def test_gradients_equal_those_of_plain_softmax(window):
         weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
         return jnp.sum(jnp.sin(jnp.einsum("bhts,bshd->bthd", weights, v)))
 
-    ours = jax.grad(lambda *a: jnp.sum(jnp.sin(self_attention(*a, positions, window))), argnums=(0, 1, 2))(q, k, v)
-    for mine, expected in zip(ours, jax.grad(plain, argnums=(0, 1, 2))(q, k, v), strict=True):
+    def ours(q, k, v):
+        return jnp.sum(jnp.sin(self_attention(q, k, v, positions, window)))
+
+    gradients = [jax.jit(jax.grad(function, argnums=(0, 1, 2)))(q, k, v) for function in (ours, plain)]
+    for mine, expected in zip(*gradients, strict=True):
         np.testing.assert_allclose(mine, expected, atol=1e-5)
 
 
@@ -105,7 +111,7 @@ def test_long_sequences_map_over_chunks_within_spans(window):
     length = (MAX_SPANS + 1) * CHUNK_QUERIES + 37
     q, k, v = inputs(length, length, 2, 1, d=4, batch=1)
     positions = row(length, batch=1)
-    out = jax.jit(self_attention, static_argnums=4)(q, k, v, positions, window)
+    out = self_attention(q, k, v, positions, window)
     np.testing.assert_allclose(out, oracle(q, k, v, positions, positions, window), atol=2e-5)
 
 
@@ -115,7 +121,9 @@ def test_memory_is_linear_in_the_length(differentiate):
         q = jnp.zeros((1, length, 4, 8))
         function = lambda q: jnp.sum(self_attention(q, q, q, row(length, 1)))  # noqa: E731
         compiled = jax.jit(jax.grad(function) if differentiate else function).lower(q).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     # All scores at once would take four times the memory for twice the length.
     assert temporary(8 * MAX_SPANS * CHUNK_QUERIES) < 2.5 * temporary(4 * MAX_SPANS * CHUNK_QUERIES)

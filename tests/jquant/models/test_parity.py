@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ FAMILY_OPTIONS = [
 ]
 
 
+def logits_of(decoder, tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
+    forward = jax.jit(lambda decoder, tokens, positions: decoder(tokens, positions)[0])
+    logits = forward(decoder, jnp.asarray(tokens), None if positions is None else jnp.asarray(positions))
+    assert logits.dtype == jnp.float32
+    return np.asarray(logits)
+
+
 def tokens_of(length: int = LENGTH, batch: int = 2) -> np.ndarray:
     return np.random.default_rng(7).integers(0, TINY["vocab_size"], (batch, length), dtype=np.int32)
 
@@ -88,10 +96,7 @@ def tokens_of(length: int = LENGTH, batch: int = 2) -> np.ndarray:
 def assert_same_logits(model, tokens: np.ndarray) -> None:
     expected = hf_logits(model, tokens)
     assert expected.std() > 0.5, "the model is too quiet to be a test"
-    logits, memory = decoder_of(model)(jnp.asarray(tokens))
-    assert memory is None
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(np.asarray(logits), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    np.testing.assert_allclose(logits_of(decoder_of(model), tokens), expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -128,27 +133,26 @@ def test_positions_with_gaps_equal_transformers(family: str):
     # The mask of ones says that the gaps do not separate packed sequences.
     inputs = dict(position_ids=torch.as_tensor(positions, dtype=torch.long), attention_mask=torch.ones(1, LENGTH))
     expected = hf_logits(model, tokens, **inputs)
-    logits, _ = decoder_of(model)(jnp.asarray(tokens), jnp.asarray(positions))
-    np.testing.assert_allclose(np.asarray(logits), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    np.testing.assert_allclose(
+        logits_of(decoder_of(model), tokens, positions), expected, atol=TOLERANCE, rtol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_near_transformers_float32(family: str):
     model = tiny_hf(family).bfloat16().float()
     expected = hf_logits(model, tokens_of())
-    logits, _ = decoder_of(model, dtype=jnp.bfloat16)(jnp.asarray(tokens_of()))
-    assert logits.dtype == jnp.float32
     # bfloat16 keeps 8 bits: each of some twenty roundings along the stream adds up to 0.4 %.
-    error = np.asarray(logits) - expected
+    error = logits_of(decoder_of(model, dtype=jnp.bfloat16), tokens_of()) - expected
     assert np.sqrt(np.mean(error**2)) < 0.04 * expected.std()
 
 
 def test_float16_is_near_transformers_float32():
     model = tiny_hf("llama").half().float()
     expected = hf_logits(model, tokens_of())
-    logits, _ = decoder_of(model, dtype=jnp.float16)(jnp.asarray(tokens_of()))
+    error = logits_of(decoder_of(model, dtype=jnp.float16), tokens_of()) - expected
     # float16 keeps 11 bits, eight times as fine as bfloat16.
-    assert np.sqrt(np.mean((np.asarray(logits) - expected) ** 2)) < 0.005 * expected.std()
+    assert np.sqrt(np.mean(error**2)) < 0.005 * expected.std()
 
 
 # What the comparisons above would miss if they were blind: each change of one field must move the logits far more
@@ -183,9 +187,9 @@ def test_logits_are_sensitive_to(change: str):
     family, options, fields = CHANGES[change]
     model = tiny_hf(family, **options)
     right = config_of(model.config)
-    logits, _ = decoder_of(model, right)(jnp.asarray(tokens_of()))
-    wrong, _ = decoder_of(model, dataclasses.replace(right, **fields))(jnp.asarray(tokens_of()))
-    assert np.abs(np.asarray(logits) - np.asarray(wrong)).max() > 50 * TOLERANCE
+    logits = logits_of(decoder_of(model, right), tokens_of())
+    wrong = logits_of(decoder_of(model, dataclasses.replace(right, **fields)), tokens_of())
+    assert np.abs(logits - wrong).max() > 50 * TOLERANCE
 
 
 def test_dynamic_frequencies_grow_beyond_the_trained_length():
@@ -193,8 +197,7 @@ def test_dynamic_frequencies_grow_beyond_the_trained_length():
     config = config_of(model.config)
     plain = dataclasses.replace(config, rope_scaling=RopeScaling())
     for length, same in ((64, True), (65, False)):
-        tokens = jnp.asarray(tokens_of(length))
-        stretched, _ = decoder_of(model, config)(tokens)
-        unstretched, _ = decoder_of(model, plain)(tokens)
+        stretched = logits_of(decoder_of(model, config), tokens_of(length))
+        unstretched = logits_of(decoder_of(model, plain), tokens_of(length))
         # Below the trained length the two compute the same up to rounding.
-        assert (np.abs(np.asarray(stretched - unstretched)).max() < 1e-5) == same
+        assert (np.abs(stretched - unstretched).max() < TOLERANCE) == same

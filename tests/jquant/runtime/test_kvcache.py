@@ -1,6 +1,7 @@
 """Decoding through the cache gives the logits of reading everything at once."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,23 @@ CONFIG = ModelConfig(
 LENGTH, PROMPT = 22, 9
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 53, (2, LENGTH)), jnp.int32)
 
-# Logits are of order 10 and float32 sums may run in another order.
-ROUNDING = 2e-4
+# Logits are of order 1 and float32 sums may run in another order.
+ROUNDING = 5e-5
 
 
 def loud(windows) -> Decoder:
     config = dataclasses.replace(CONFIG, windows=windows)
-    return jax.tree.map(lambda leaf: leaf * 8, Decoder(config, key=jax.random.key(0)))
+    return jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim == 2 else leaf, Decoder(config, key=jax.random.key(0)))
+
+
+def programs(function: Any) -> int:
+    """How many programs a jitted function has compiled."""
+    return function._cache_size()
+
+
+@jax.jit
+def forward(model, tokens, positions=None, memory=None):
+    return model(tokens, positions, memory)
 
 
 def read(model, steps, pad: int = 0):
@@ -45,7 +56,7 @@ def read(model, steps, pad: int = 0):
         before = pad if start == 0 else 0
         tokens = jnp.pad(tokens, ((0, 0), (before, 0)))
         positions = jnp.pad(positions, ((0, 0), (before, 0)), constant_values=-1)
-        out, memory = model(tokens, positions, memory)
+        out, memory = forward(model, tokens, positions, memory)
         logits.append(out[:, before:])
         start += count
     return np.concatenate(logits, axis=1), memory
@@ -55,7 +66,7 @@ def read(model, steps, pad: int = 0):
 @pytest.mark.parametrize("pad", [0, 7])
 def test_cached_logits_equal_full_logits(windows, pad):
     model = loud(windows)
-    full, _ = model(TOKENS)
+    full, _ = forward(model, TOKENS)
     assert float(jnp.std(full)) > 0.3
     cached, _ = read(model, [PROMPT] + [1] * (LENGTH - PROMPT), pad)
     np.testing.assert_allclose(cached, full, atol=ROUNDING)
@@ -65,7 +76,7 @@ def test_cached_logits_equal_full_logits(windows, pad):
 def test_tokens_may_come_in_pieces_of_any_length(windows):
     model = loud(windows)
     cached, _ = read(model, [1, 8, 3, 10])
-    np.testing.assert_allclose(cached, model(TOKENS)[0], atol=ROUNDING)
+    np.testing.assert_allclose(cached, forward(model, TOKENS)[0], atol=ROUNDING)
 
 
 def test_the_cursor_and_positions_tell_what_is_stored():
@@ -84,21 +95,22 @@ def test_steps_share_one_compilation_and_write_in_place():
     for index in range(PROMPT, PROMPT + 4):
         position = jnp.full((2, 1), index, jnp.int32)
         _, memory = step(model, TOKENS[:, index : index + 1], position, memory)
-    assert step._cache_size() == 1
+    assert programs(step) == 1
     lowered = step.lower(model, TOKENS[:, :1], jnp.zeros((2, 1), jnp.int32), memory).compile()
     stored = cache_bytes(model.config, 2, LENGTH + 3, jnp.float32)
-    assert lowered.memory_analysis().alias_size_in_bytes >= stored
+    memory = lowered.memory_analysis()
+    assert memory is not None and memory.alias_size_in_bytes >= stored
 
 
 def test_half_precision_caches_keep_their_type():
     model = loud((None, None, None))
     memory = init_cache(model.config, 2, 16, jnp.bfloat16)
     positions = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (2, 4))
-    _, memory = model(TOKENS[:, :4], positions, memory)
-    logits, memory = model(TOKENS[:, 4:5], jnp.full((2, 1), 4, jnp.int32), memory)
+    _, memory = forward(model, TOKENS[:, :4], positions, memory)
+    logits, memory = forward(model, TOKENS[:, 4:5], jnp.full((2, 1), 4, jnp.int32), memory)
     assert memory[0].keys.dtype == jnp.bfloat16
     # keys and values keep 8 bits
-    np.testing.assert_allclose(logits[:, 0], model(TOKENS[:, :5])[0][:, 4], atol=0.1)
+    np.testing.assert_allclose(logits[:, 0], forward(model, TOKENS[:, :5])[0][:, 4], atol=0.1)
 
 
 def test_an_impossible_cache_is_refused():

