@@ -28,15 +28,14 @@ check: $(VENV)/.stamp-test fetch-smollm2
 	$(VENV)/bin/python -m pytest -q tests/test_layers.py
 	+$(MAKE) --no-print-directory _test
 
-demo: $(VENV)/.stamp-base fetch-smollm2
-	+$(MAKE) --no-print-directory _demo
+# The command fetches its model itself, unless the tests have.
+demo: $(VENV)/.stamp-base
+	$(VENV)/bin/jquant demo $(if $(JQUANT_SMOLLM2),--model $(JQUANT_SMOLLM2))
 
-# The fetched file is known only to a fresh make: $(wildcard) reads the folder once.
-.PHONY: _test _demo
+# A make of its own, because $(wildcard) above looks for the fetched file once.
+.PHONY: _test
 _test:
 	$(VENV)/bin/python -m pytest -m "not gpu" $(PYTEST_ARGS)
-_demo:
-	$(VENV)/bin/jquant demo
 
 test-newest: $(PINS)
 	set -e; \

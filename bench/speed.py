@@ -45,12 +45,16 @@ def main() -> None:
         "ratio": ours[0] / theirs[0],
         "perplexities": [ours[1], theirs[1]],
     }
-    print(f"eval: {ours[0]:.2f} s a window, transformers {theirs[0]:.2f} s, ratio {evaluation['ratio']:.2f}", flush=True)
+    print(
+        f"eval: {ours[0]:.2f} s a window, transformers {theirs[0]:.2f} s, ratio {evaluation['ratio']:.2f}", flush=True
+    )
     record.save(f"speed-{options.name}", {"decode": rows, "evaluation": evaluation})
     if options.readme:
         cells = [(r["spec"], f"{r['tokens_per_second']:.1f}", f"{r['speedup']:.2f}") for r in rows]
         table = record.markdown(("decode, batch 1", "tokens/s", "against the faster dense"), cells)
-        record.put_into_readme("speed", f"{table}\n\nEvaluation takes {evaluation['ratio']:.2f} times transformers' time.")
+        record.put_into_readme(
+            "speed", f"{table}\n\nEvaluation takes {evaluation['ratio']:.2f} times transformers' time."
+        )
 
 
 def decode_rows(model: Any, source: Any, count: int) -> list[dict[str, Any]]:

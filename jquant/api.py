@@ -22,10 +22,9 @@ from jax.typing import DTypeLike
 
 from jquant.format import checkpoint, tree as trees
 from jquant.format.weights import canonical, is_quantized, shape_of
-from jquant.linear import Implementation, prepare
+from jquant.linear import Implementation, platform, prepare
 from jquant.models import Decoder, ModelConfig
 from jquant.quantize.pipeline import Report
-from pallas_kernels.device import platform
 
 
 class Opened(Protocol):

@@ -107,7 +107,7 @@ def choose(w: Any, tokens: int, implementation: Implementation = None) -> Choice
 
 
 def explain(model: Any, tokens: int) -> str:
-    """A table, a row a layer: path, bits a weight, bytes, the implementation `linear` takes for `tokens`, the reason."""
+    """A table, a row a packed layer: path, bits a weight, bytes, what `linear` takes for so many tokens, the reason."""
     rows: list[tuple[str, ...]] = [("path", "bits/weight", "bytes", "implementation", "reason")]
     for path, leaf in trees.leaves(model).items():
         if is_quantized(leaf):

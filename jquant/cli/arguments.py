@@ -108,7 +108,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--calibration", default="self", metavar="FILE|self", help="text, or self (the default)")
     calibration.add_argument("--samples", type=_at_least(1), default=64, metavar="N", help="sequences (default: 64)")
     calibration.add_argument(
-        "--seq-len", type=_at_least(2), default=512, metavar="L", help="tokens a sequence (default: 512)"
+        "--seq-len", type=_at_least(2), metavar="L", help="tokens a sequence (default: 512, or all the model has)"
     )
     calibration.add_argument("--seed", type=_at_least(0), default=0, metavar="S", help="of the sampled text")
     parser.add_argument("--dtype", choices=DTYPES, help="type of what stays dense, as saved (default: the source's)")

@@ -22,6 +22,7 @@ from jquant.runtime.generate import sample_text_tokens
 
 GROUP_SIZE = 128
 SPARSE = 0.45
+SEQ_LEN = 512
 SELF_BATCH = 16
 
 
@@ -38,6 +39,8 @@ def quantize_command(options: argparse.Namespace) -> None:
     if source.kind == "jquant":
         raise ValueError(f"{options.source} is quantized already; give the model it was made from")
     plan = make_plan(abstract, spec, options.method, rules)
+    if options.seq_len is None:
+        options.seq_len = min(SEQ_LEN, source.config.position_limit())
     if options.seq_len > source.config.position_limit():
         raise ValueError(
             f"--seq-len is {options.seq_len}, but the model has {source.config.position_limit()} positions; lower it"

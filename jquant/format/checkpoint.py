@@ -85,7 +85,11 @@ def save(
     document["sha256"] = _document_hash(document)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.parent / f"{directory.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    size = sum(array.nbytes for array in arrays.values())
     try:
+        # arrays are stored as they are, so this is known; Orbax's own failure halfway would be a noisy one
+        if shutil.disk_usage(directory.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         partial.mkdir()
         if extra_files is not None:
             extra_files(partial)
@@ -100,11 +104,10 @@ def save(
     except BaseException as error:  # Ctrl-C too must leave nothing behind
         _remove(partial)
         if isinstance(error, Exception) and _is_disk_full(error):
-            size = sum(array.nbytes for array in arrays.values()) / 2**20
             raise OSError(
                 errno.ENOSPC,
-                f"no space left on the disk for {directory}, whose arrays take {size:.0f} MiB; nothing was written: "
-                "free some space or name a directory on another disk",
+                f"no space left on the disk for {directory}, whose arrays take {size / 2**20:.0f} MiB; nothing was "
+                "written: free some space or name a directory on another disk",
             ) from error
         raise
 

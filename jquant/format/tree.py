@@ -18,11 +18,13 @@ def path_string(key_path: tuple[Any, ...]) -> str:
     """The dotted form of a JAX key path."""
     names = []
     for key in key_path:
+        if isinstance(key, jax.tree_util.GetAttrKey) and key.name in ("value", "raw_value"):
+            continue  # inside a Flax variable
         for attribute in ("name", "key", "idx"):
             if hasattr(key, attribute):
                 names.append(str(getattr(key, attribute)))
                 break
-    return ".".join(name for name in names if name not in ("value", "raw_value"))
+    return ".".join(names)
 
 
 def leaves(tree: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ step. Modules are pytrees: pass them to plain `jax.jit` as arguments, and build 
 """
 
 import dataclasses
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -187,9 +187,10 @@ class Decoder(nnx.Module):
             for layer in self.layers:
                 x, _ = layer(x, context)
             return x, None
-        after = list(memory)
-        for index, layer in enumerate(self.layers):
-            x, after[index] = layer(x, context, memory[index])
+        after: list[Any] = []  # M; the types do not say that a layer given a memory returns one
+        for layer, before in zip(self.layers, memory, strict=True):
+            x, remembered = layer(x, context, before)
+            after.append(remembered)
         return x, tuple(after)
 
     def head(self, x: jax.Array) -> jax.Array:

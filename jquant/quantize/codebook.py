@@ -31,7 +31,8 @@ import jax.numpy as jnp
 
 Search = Callable[[jax.Array, jax.Array], Any]  # sorted rows and weights [R, K] -> codebook [R, C]
 
-ROWS_AT_ONCE = 64  # bounds every temporary: [64, K] floats and [64, 193, 193] interval costs
+# Rows at once bound every temporary: [R, K] floats and [R, 193, 193] interval costs; 64 stay near a CPU's caches.
+ROWS_ON_CPU, ROWS_ON_ACCELERATOR = 64, 1024
 DYNAMIC_LIMIT = 32  # entries up to which bins are cut by dynamic programming
 BINS = {2: 128, 4: 128, 8: 128, 16: 128, 32: 192}  # edges offered to the dynamic programme
 BINS_PER_ENTRY = 8  # for joining
@@ -42,8 +43,8 @@ BLOCK = 16  # midpoints compared in one fused pass of `assign_codes`
 def fit_codebook(W: jax.Array, weights: jax.Array, bits: int, iterations: int = 50) -> tuple[jax.Array, jax.Array]:
     """(codebook [N, 2**bits] float32 ascending, codes [N, K] int32) for W [N, K] and non-negative weights [N, K].
 
-    `iterations` bounds Lloyd's steps; about ten are used after this start. Negative or non-finite weights
-    count as zero. Raises ValueError for bits outside 1..8 or shapes that differ.
+    `iterations` bounds Lloyd's steps; about ten are used after this start. Negative or non-finite weights count as
+    zero. Raises ValueError for bits outside 1..8 or shapes that differ.
     """
     _check(W, weights, bits)
 
@@ -102,7 +103,7 @@ def _check(W: jax.Array, weights: jax.Array, bits: int) -> None:
 
 def _by_chunks(fit: Search, W: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows, columns = W.shape
-    size = min(ROWS_AT_ONCE, rows)
+    size = min(ROWS_ON_CPU if jax.default_backend() == "cpu" else ROWS_ON_ACCELERATOR, rows)
     pad = ((0, -rows % size), (0, 0))
     chunks = [jnp.pad(a.astype(jnp.float32), pad).reshape(-1, size, columns) for a in (W, weights)]
     codebook, codes = jax.lax.map(lambda chunk: fit(*chunk), tuple(chunks))
@@ -127,8 +128,9 @@ def _fit_rows(W: jax.Array, f: jax.Array, search: Search) -> tuple[jax.Array, ja
 
     codebook = search(*_sorted_rows(z, f))
     codes = assign_codes(z, codebook)
-    _, codebook = _clusters(z, f, codes, codebook)
-    codebook = jnp.sort((codebook * span + mean) * size, axis=1)
+    # From the weights themselves: centring costs an entry near 0 its last digits where the row's mean is far from 0.
+    _, codebook = _clusters(W / size, f, codes, codebook * span + mean)
+    codebook = jnp.sort(codebook * size, axis=1)
     return codebook, assign_codes(W, codebook)
 
 
@@ -167,8 +169,10 @@ def _cost(start: list[jax.Array], end: list[jax.Array]) -> jax.Array:
 
 
 def _bin_edges(x: jax.Array, f: jax.Array, bins: int) -> jax.Array:
-    """Positions [R, bins + 1] in sorted rows [R, K] that split them into bins of equal (f gap**2)**(1/3)."""
+    """Positions [R, B + 1] that split sorted rows [R, K] into B = min(bins, K) bins of equal (f gap**2)**(1/3)."""
     columns = x.shape[1]
+    if bins >= columns:
+        return jnp.broadcast_to(jnp.arange(columns + 1, dtype=jnp.int32), (x.shape[0], columns + 1))
     gap = jnp.pad(x[:, 1:] - x[:, :-1], ((0, 0), (1, 1)))
     gap = 0.5 * (gap[:, 1:] + gap[:, :-1])
     share = jnp.cbrt(f * gap * gap)

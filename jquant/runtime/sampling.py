@@ -45,26 +45,55 @@ def sample(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
-        scaled = logits / temperature
+        # Below the maximum first: a small temperature then gives -inf, never inf - inf.
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
         return jax.lax.cond(
             restricted, lambda: _draw_restricted(keys, scaled, top_k, top_p), lambda: _draw(keys, scaled)
         )
 
-    # Sorting a vocabulary costs more than a small model's layer, so each branch pays only for what it uses.
+    # A restriction costs as much as some layers of a small model, so each branch pays only for what it uses.
     return jax.lax.cond(temperature > 0, draw, greedy)
 
 
-def kept_count(probabilities: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """How many of the descending `probabilities` [B, V] remain under top-k then top-p: [B] int32, at least 1."""
-    rank = jnp.arange(probabilities.shape[-1], dtype=jnp.int32)
-    in_top_k = (rank < top_k) | (top_k <= 0)
-    kept = jnp.where(in_top_k, probabilities, 0.0)
-    total = jnp.cumsum(kept, axis=-1)
-    before = total - kept
-    # A token stays while the mass in front of it is short of p; the first has none in front of it. Rounding must not
-    # drop the tail when p is 1, which asks for everything.
-    in_top_p = (before < top_p * total[:, -1:]) | (top_p >= 1)
-    return jnp.maximum(jnp.sum(in_top_k & in_top_p, axis=-1, dtype=jnp.int32), 1)
+def kept_tokens(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Which tokens remain under top-k then top-p: scaled logits [B, V] -> bool [B, V], at least one a row.
+
+    Of equally probable tokens those with lower ids come first.
+    """
+    size = scaled.shape[-1]
+    order = _sortable(scaled)
+    limit = jnp.where(top_k > 0, jnp.minimum(top_k, size), size).astype(jnp.float32)
+    in_top_k = _heaviest(order, jnp.ones_like(scaled), jnp.broadcast_to(limit, scaled.shape[:1]))
+    mass = jnp.where(in_top_k, jax.nn.softmax(scaled, axis=-1), 0.0)
+    in_top_p = _heaviest(order, mass, top_p * jnp.sum(mass, axis=-1))
+    # Rounding must not drop the tail when p is 1, which asks for everything.
+    return in_top_k & (in_top_p | (top_p >= 1))
+
+
+def _heaviest(order: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
+    """The smallest set of leading tokens whose mass reaches `target` [B]; order uint32, mass float32: [B, V] -> bool.
+
+    The last token's place in the order is found bit by bit, 32 sums over the vocabulary instead of a sort, which on a
+    CPU takes as long as the layers of a small model.
+    """
+
+    def decide_bit(index: jax.Array, threshold: jax.Array) -> jax.Array:
+        candidate = threshold | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
+        reached = jnp.sum(jnp.where(order >= candidate[:, None], mass, 0.0), axis=-1) >= target
+        return jnp.where(reached, candidate, threshold)
+
+    # The largest threshold that still reaches the target: without the tokens that lie on it, the mass falls short.
+    threshold = jax.lax.fori_loop(0, 32, decide_bit, jnp.zeros(order.shape[:1], jnp.uint32))[:, None]
+    above, level = order > threshold, order == threshold
+    missing = target - jnp.sum(jnp.where(above, mass, 0.0), axis=-1)
+    on_level = jnp.where(level, mass, 0.0)
+    return above | (level & (jnp.cumsum(on_level, axis=-1) - on_level < missing[:, None]))
+
+
+def _sortable(x: jax.Array) -> jax.Array:
+    """float32 -> uint32 in the same order: the sign bit is flipped, and of negative numbers all bits."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 0, bits | jnp.uint32(0x80000000), ~bits)
 
 
 def _draw(keys: jax.Array, scaled: jax.Array) -> jax.Array:
@@ -72,9 +101,4 @@ def _draw(keys: jax.Array, scaled: jax.Array) -> jax.Array:
 
 
 def _draw_restricted(keys: jax.Array, scaled: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    order = jnp.argsort(scaled, axis=-1, descending=True)
-    descending = jnp.take_along_axis(scaled, order, axis=-1)
-    count = kept_count(jax.nn.softmax(descending, axis=-1), top_k, top_p)
-    rank = jnp.arange(scaled.shape[-1], dtype=jnp.int32)
-    chosen = _draw(keys, jnp.where(rank < count[:, None], descending, -jnp.inf))
-    return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return _draw(keys, jnp.where(kept_tokens(scaled, top_k, top_p), scaled, -jnp.inf))

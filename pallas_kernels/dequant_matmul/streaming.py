@@ -90,6 +90,8 @@ def matvec(x: jax.Array, weight: Weight) -> jax.Array:
     """x [M, K] float32 times the transposed weight, [M, N] float32, for few rows M: nothing decoded is stored."""
     chunk, steps = _chunks(weight)
     rows = x.shape[0]
+    if steps == 0:  # every input column is kept elsewhere
+        return jnp.zeros((rows, weight.shape[0]), jnp.float32)
     padded = jnp.pad(x, ((0, 0), (0, steps * chunk - x.shape[1])))  # codes past the end meet a zero
     inputs = padded.reshape(rows, steps, chunk).transpose(1, 2, 0)
 
@@ -109,6 +111,8 @@ def matvec(x: jax.Array, weight: Weight) -> jax.Array:
 def decode(weight: Weight, dtype: jnp.dtype) -> jax.Array:
     """The decoded matrix, transposed: [K, N]."""
     chunk, steps = _chunks(weight)
+    if steps == 0:
+        return jnp.zeros((0, weight.shape[0]), dtype)
 
     def step(index: jax.Array, dense: jax.Array) -> jax.Array:
         codes = stream_window(weight.words, index, weight.bits, chunk)

@@ -91,8 +91,8 @@ def compensated_rounding(
 ) -> tuple[Any, jax.Array, jax.Array]:
     """The column loop for any quantizer: (recorded, decoded W [N, K], ok), both in the original column order.
 
-    quantize_column(state, w [N], k) sees the compensated values of column k (original order); what it records (any tree)
-    is stacked along a new leading axis K. Returning w itself as decoded keeps a column unquantized. order [K] int32 is
+    quantize_column(state, w [N], k) sees the compensated values of column k (original order); what it records is
+    stacked along a new leading axis K. Returning w itself as decoded keeps a column unquantized. order [K] int32 is
     the visiting order (default 0 .. K - 1). start_block(state, W_t [K', N], position) may replace the state before each
     block; it sees every column as compensated so far, in visiting order.
     """
@@ -214,9 +214,10 @@ def _current_ranges(grid: Grid, w: jax.Array, k: jax.Array) -> tuple[Any, jax.Ar
 def _ranges_at_group_start(
     fit: Callable[..., Grid], group_size: int, columns: int, grid: Grid, Wt: jax.Array, start: jax.Array
 ) -> Grid:
-    # Indices beyond a ragged end repeat the last column, which changes no range.
-    group = jnp.minimum(start + jnp.arange(group_size), columns - 1)
-    return jax.tree.map(lambda new, old: jnp.where(start % group_size == 0, new, old), fit(Wt[group].T), grid)
+    # Zeros beyond a ragged end change no range and add no error.
+    group = start + jnp.arange(group_size)
+    fresh = fit(jnp.where(group < columns, Wt[jnp.minimum(group, columns - 1)].T, 0.0))
+    return jax.tree.map(lambda new, old: jnp.where(start % group_size == 0, new, old), fresh, grid)
 
 
 @partial(jax.jit, static_argnames=("act_order", "block_size"))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -216,6 +217,13 @@ def test_full_disk_leaves_nothing_and_says_so(
     with pytest.raises(OSError, match="no space left on the disk for .*MiB; nothing was written") as caught:
         checkpoint.save(tmp_path / "x", _model(), {})
     assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_known_to_be_too_small_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="no space left on the disk"):
+        checkpoint.save(tmp_path / "x", _model(), {})
     assert not list(tmp_path.iterdir())
 
 

@@ -134,8 +134,8 @@ def test_extreme_values_stay_finite(symmetric, value, clip):
         if value == 0.0:
             assert bool(jnp.all(Q == 0))
         if dtype == jnp.float32 and abs(value) > 1e-35:
-            # An asymmetric range [-v, v] has no level on v itself, so up to half a step of 2 v / 15 is lost there.
-            assert bool(jnp.all(jnp.abs(Q / value - W / value) <= 0.51 * 2 / 15))
+            # An asymmetric range [-v, v] has no level on v itself: half a step of 2 v / 15 is lost, more if clipped.
+            assert bool(jnp.all(jnp.abs(Q / value - W / value) <= (0.15 if clip else 0.07)))
 
 
 def test_one_tiny_group_does_not_disturb_its_neighbours():

@@ -18,6 +18,12 @@ from jquant.quantize.passes.squeezellm import (
 )
 
 
+def fit_report(W, f, fitted_with, bits, mask):
+    """The report, against f, of a fit that was weighted with `fitted_with`."""
+    codebook, codes = fit(W, fitted_with, bits, mask)
+    return report(W, f, codebook, codes, mask)
+
+
 def layer(n=32, k=96, seed=0):
     rng = np.random.default_rng(seed)
     W = (0.02 * rng.standard_t(4, size=(n, k))).astype(np.float32)
@@ -82,7 +88,8 @@ def test_sensitive_count_is_exact_and_sets_are_disjoint(fraction):
         assert float(jnp.min(jnp.where(parts.sensitive, f, jnp.inf))) >= float(
             jnp.max(jnp.where(parts.sensitive, 0, f))
         )
-    T = outlier_threshold(*quartiles(W), 1.8)
+    q1, q3 = quartiles(W)
+    T = outlier_threshold(q1, q3, 1.8)
     np.testing.assert_array_equal(parts.mask, parts.sensitive | (jnp.abs(W) >= T))
 
 
@@ -132,10 +139,10 @@ def test_nothing_kept_is_the_plain_codebook():
 def test_sparse_part_lowers_the_error_and_so_do_bits():
     W, f = layer(seed=3)
     nothing = jnp.zeros(W.shape, bool)
-    errors = [report(W, f, *fit(W, f, bits), nothing).weighted_error for bits in (2, 3, 4)]
+    errors = [fit_report(W, f, f, bits, nothing).weighted_error for bits in (2, 3, 4)]
     assert errors[0] > errors[1] > errors[2] > 0
     mask = split(W, f, 0.0005, 1.8).mask
-    sparse = report(W, f, *fit(W, f, 3, mask), mask)
+    sparse = fit_report(W, f, f, 3, mask)
     assert sparse.weighted_error < errors[1]
     assert sparse.kept == int(mask.sum()) and sparse.reason is None
 
@@ -143,8 +150,8 @@ def test_sparse_part_lowers_the_error_and_so_do_bits():
 def test_sensitivity_weighting_trades_plain_error_for_weighted_error():
     W, f = layer(seed=4)
     nothing = jnp.zeros(W.shape, bool)
-    weighted = report(W, f, *fit(W, f, 3), nothing)
-    plain = report(W, f, *fit(W, jnp.ones_like(f), 3), nothing)
+    weighted = fit_report(W, f, f, 3, nothing)
+    plain = fit_report(W, f, jnp.ones_like(f), 3, nothing)
     assert weighted.weighted_error < plain.weighted_error
     assert weighted.relative_error > plain.relative_error
 
