@@ -113,9 +113,9 @@ def transformers_perplexity(model: jq.Decoder) -> Callable[[np.ndarray], float]:
             max_position_embeddings=config.max_positions,
             tie_word_embeddings=config.tie_embeddings,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            attn_implementation="sdpa",
         )
     ).eval()
+    theirs.set_attn_implementation("sdpa")
     ours = {f"model.{path}": np.array(leaf) for path, leaf in jq.leaves(model).items()}
     if config.tie_embeddings:
         ours["lm_head.weight"] = ours["model.embed_tokens.weight"]

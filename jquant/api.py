@@ -66,7 +66,9 @@ class QuantizedDirectory:
         config = dataclasses.replace(self.config, dtype=wanted.name)
         abstract = jax.eval_shape(lambda: Decoder(config, dtype=wanted, implementation=implementation))
         _check_leaves(trees.leaves(abstract), leaves, self.path)
-        ready = {path: leaf if is_quantized(leaf) else leaf.astype(wanted) for path, leaf in leaves.items()}
+        ready = {
+            path: leaf if is_quantized(leaf) else jnp.asarray(leaf).astype(wanted) for path, leaf in leaves.items()
+        }
         return prepare(trees.replace(abstract, ready))
 
     def tokenizer(self) -> Any:

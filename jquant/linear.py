@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jquant.format import tree as trees
 from jquant.format.weights import (
@@ -66,9 +67,17 @@ class Choice(NamedTuple):
     reason: str
 
 
-def linear(x: jax.Array, w: Any, bias: jax.Array | None = None, *, implementation: Implementation = None) -> jax.Array:
-    """x [..., K] times w [N, K] transposed, plus bias [N]: [..., N] in x's type.
+def linear(
+    x: jax.Array,
+    w: Any,
+    bias: jax.Array | None = None,
+    *,
+    implementation: Implementation = None,
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """x [..., K] times w [N, K] transposed, plus bias [N]: [..., N] in x's type, or in `out_dtype`.
 
+    Sums are float32, so out_dtype float32 loses nothing more (logits want it, however narrow the model).
     Raises ValueError if K differs, or if `implementation` is demanded and does not support this layer.
     """
     if isinstance(w, Tap):
@@ -87,7 +96,7 @@ def linear(x: jax.Array, w: Any, bias: jax.Array | None = None, *, implementatio
             y = y + layer.bias.astype(y.dtype)
     if bias is not None:
         y = y + bias.astype(y.dtype)
-    return y.astype(x.dtype)
+    return y.astype(x.dtype if out_dtype is None else out_dtype)
 
 
 def choose(w: Any, tokens: int, implementation: Implementation = None) -> Choice:

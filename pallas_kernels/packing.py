@@ -69,22 +69,24 @@ def unpack_codes(words: jax.Array, bits: int, count: int) -> jax.Array:
     return codes.astype(jnp.uint8).reshape(*words.shape[:-1], -1)[..., :count]
 
 
-def stream_window(words: jax.Array, index: jax.Array, bits: int, count: int) -> list[jax.Array]:
-    """Codes [index * count, index * count + count) of transposed words [W, N], as `count` uint32 arrays [N].
+def stream_window(words: jax.Array, index: jax.Array, bits: int, count: int) -> jax.Array:
+    """Codes [index * count, index * count + count) of transposed words [..., W, N], as one uint32 [..., N].
 
-    `index` may be traced. `count * bits` must not exceed 32. Codes past the end of the stream are arbitrary: a
-    window may straddle two words, and where the second lies past the end the last word is read in its place.
+    Code i of them lies in bits [i * bits, (i + 1) * bits). `index` may be traced; `count * bits` must not exceed 32.
+    Codes past the end of the stream are arbitrary: a window may straddle two words, and where the second lies past the
+    end the last word is read in its place.
     """
+
+    def row(place: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(words, place, axis=-2, keepdims=False)
+
     start = index * (count * bits)
-    word = start // WORD_BITS
-    offset = (start % WORD_BITS).astype(jnp.uint32)
-    low = jax.lax.dynamic_index_in_dim(words, word, keepdims=False) >> offset
+    word = jax.lax.div(start, jnp.int32(WORD_BITS))
+    offset = jax.lax.rem(start, jnp.int32(WORD_BITS)).astype(jnp.uint32)
     if WORD_BITS % (count * bits) == 0:
-        window = low
-    else:  # two shifts, because shifting 32 bits by 32 is undefined
-        high = jax.lax.dynamic_index_in_dim(words, word + 1, keepdims=False)
-        window = low | ((high << jnp.uint32(1)) << (jnp.uint32(WORD_BITS - 1) - offset))
-    return [(window >> jnp.uint32(i * bits)) & jnp.uint32(2**bits - 1) for i in range(count)]
+        return row(word) >> offset
+    # two shifts, because shifting 32 bits by 32 is undefined
+    return (row(word) >> offset) | ((row(word + 1) << jnp.uint32(1)) << (jnp.uint32(WORD_BITS - 1) - offset))
 
 
 def _check_bits(bits: int) -> None:

@@ -1,7 +1,7 @@
 """The `jquant` command: parse, call, show. Nothing is computed here.
 
 Exit codes: 0 done, 2 bad arguments or input (one line: what was wrong, what was expected, what to change), 1 a failure
-inside, 130 interrupted. Progress goes to standard error; with --json the last line of standard output is one JSON object.
+inside, 130 interrupted. Progress goes to standard error; with --json standard output ends in one JSON object on a line.
 """
 
 import os
@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.run(options)
     except ValueError as error:
         return _complain(str(error), 2)
+    except BrokenPipeError:  # the reader of our output has left
+        return 1
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         return _complain(f"{error.filename}: {error.strerror}; check the path", 2)
     except OSError as error:
@@ -28,8 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"out of memory ({error}); --dry-run tells what a run needs", 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except BrokenPipeError:
-        return 1
     return 0
 
 

@@ -10,7 +10,7 @@ import jax
 from jquant.api import QuantizedDirectory, open_model
 from jquant.cli import show
 from jquant.format import checkpoint, tree as trees
-from jquant.format.weights import QuantizedLinear, bits_per_weight, is_quantized, shape_of, size_bytes
+from jquant.format.weights import WEIGHT_TYPES, QuantizedLinear, bits_per_weight, shape_of, size_bytes
 from jquant.models import Decoder
 from jquant.quantize.calibrate import linear_paths
 
@@ -76,7 +76,7 @@ def plot_layers(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def _row(path: str, leaf: Any, report: Mapping[str, Any] | None) -> dict[str, Any]:
-    quantized = is_quantized(leaf)
+    quantized = isinstance(leaf, WEIGHT_TYPES)
     inner = leaf.weight if isinstance(leaf, QuantizedLinear) else leaf
     kind = f"{type(inner).__name__.removesuffix('Weight').lower()} {inner.bits}-bit" if quantized else str(leaf.dtype)
     return {

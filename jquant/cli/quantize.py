@@ -12,6 +12,7 @@ import numpy as np
 from jquant.api import Opened, load_text, open_model, run_dtype, save
 from jquant.cli import show
 from jquant.format.spec import QuantSpec
+from jquant.format.tree import leaves
 from jquant.models import Decoder
 from jquant.quantize.calibrate import cut_batches
 from jquant.quantize.journal import DirectoryJournal
@@ -23,7 +24,6 @@ from jquant.runtime.generate import sample_text_tokens
 GROUP_SIZE = 128
 SPARSE = 0.45
 SEQ_LEN = 512
-SELF_BATCH = 16
 
 
 def quantize_command(options: argparse.Namespace) -> None:
@@ -60,9 +60,11 @@ def quantize_command(options: argparse.Namespace) -> None:
     )
     show_plan(options, source, plan, priced)
     if options.dry_run:
-        show.result(
-            {"dry_run": True, **priced.to_json(), "plan": {p: str(s) for p, s in plan.items()}}, options.json, []
-        )
+        details = {"dry_run": True, **priced.to_json(), "plan": {path: str(each) for path, each in plan.items()}}
+        if not options.json:
+            shapes = {path: " x ".join(map(str, leaf.shape)) for path, leaf in leaves(abstract).items()}
+            show.table(("layer", "shape", "spec"), [(path, shapes[path], each) for path, each in plan.items()])
+        show.result(details, options.json, ["dry run: nothing was computed or written"])
         return
     run = {
         "source": source.fingerprint(),
@@ -118,13 +120,8 @@ def spec_of(options: argparse.Namespace) -> QuantSpec:
 
 def calibration_tokens(model: Decoder, samples: int, seq_len: int, seed: int, start: int) -> np.ndarray:
     """Text that the model writes itself at temperature 1: token sequences [samples, seq_len]."""
-    rows = []
     with show.bar("writing calibration text") as bar:
-        for first in range(0, samples, SELF_BATCH):
-            count = min(SELF_BATCH, samples - first)
-            rows.append(sample_text_tokens(model, count=count, length=seq_len, seed=seed + first, start_ids=[start]))
-            bar(first + count, samples)
-    return np.concatenate(rows)
+        return sample_text_tokens(model, count=samples, length=seq_len, seed=seed, start_ids=[start], progress=bar)
 
 
 def start_token(source: Opened, tokenizer: Any) -> int:

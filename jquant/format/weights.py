@@ -19,7 +19,7 @@ Layouts, named by `layout`:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ Weight = AffineWeight | CodebookWeight | QuantizedLinear
 WEIGHT_TYPES = (AffineWeight, CodebookWeight, QuantizedLinear)
 
 
-def is_quantized(leaf: Any) -> bool:
+def is_quantized(leaf: Any) -> TypeGuard[Weight]:
     """Whether a node of a tree is a packed weight."""
     return isinstance(leaf, WEIGHT_TYPES)
 
@@ -230,7 +230,10 @@ def transposed(weight: Any) -> Any:
     if isinstance(weight, QuantizedLinear):
         rest = weight.residual
         if rest is not None:
-            rest = dataclasses.replace(rest, rows=residual_rows(rest) if rest.rows is None else None)
+            # By NumPy: the count differs from layer to layer, and JAX would compile this for each.
+            counts = np.diff(np.asarray(rest.row_pointer))
+            rows = np.repeat(np.arange(rest.shape[0], dtype=np.int32), counts)
+            rest = dataclasses.replace(rest, rows=jnp.asarray(rows) if rest.rows is None else None)
         return dataclasses.replace(weight, weight=transposed(weight.weight), residual=rest)
     layout = "stream_t" if weight.layout == "stream" else "stream"
     if isinstance(weight, AffineWeight):

@@ -195,10 +195,9 @@ class Decoder(nnx.Module):
 
     def head(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> logits [B, T, V] float32."""
-        x = self.norm(x)
-        if self.lm_head is not None:
-            return self.lm_head(x).astype(jnp.float32)
-        return linear(x, self.embed_tokens.weight.get_value(), implementation=self.implementation).astype(jnp.float32)
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        weight = head.weight.get_value()
+        return linear(self.norm(x), weight, implementation=self.implementation, out_dtype=jnp.float32)
 
     def loss(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
         """Mean next-token cross-entropy of each sequence, [B] float32 nats, from the stream x [B, T, D]."""

@@ -4,7 +4,7 @@ A journal is a directory beside the output:
 
     run.json            what is being made: source, plan, method, seed, calibration; a run may only continue its own
     calibration.npy     the token sequences, so that text the model sampled for itself is not sampled again
-    block-0007.safetensors   the packed arrays of block 7, named `<path>/<array>`; its metadata holds reports and static fields
+    block-0007.safetensors   block 7: its packed arrays, named `<path>/<array>`; static fields and reports as metadata
 
 Every file is written under another name and renamed, so a file that exists is whole. Nothing is unpickled.
 """
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jquant.format.checkpoint import leaf_arrays, leaf_from_arrays
+from jquant.format.weights import QuantizedLinear
 from jquant.quantize.matrix import LayerReport
 from jquant.quantize.pipeline import Results
 
@@ -79,7 +80,10 @@ class DirectoryJournal:
                 for name, array in arrays.items()
                 if name.startswith(path + _SEPARATOR)
             }
-            results[path] = (leaf_from_arrays(own, static, path), LayerReport(**report))
+            weight = leaf_from_arrays(own, static, path)
+            if not isinstance(weight, QuantizedLinear):
+                return None
+            results[path] = (weight, LayerReport(**report))
         return results
 
     def store(self, block: int, results: Results) -> None:

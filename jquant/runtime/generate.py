@@ -97,11 +97,13 @@ def sample_text_tokens(
     start_ids: Sequence[int],
     batch_size: int = 16,
     temperature: float = 1.0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """The model's own text, for calibration without data: `count` sequences of `length` tokens, [count, length] int32.
 
     Sequence i begins with start_ids[i % len(start_ids)] and is sampled token by token from the full distribution; an
     end token does not end it. Sequences do not depend on `batch_size`, which bounds the cache's memory.
+    `progress(done, count)` is called after each batch.
     """
     if count < 1 or length < 2 or not start_ids or batch_size < 1:
         raise ValueError(
@@ -110,7 +112,7 @@ def sample_text_tokens(
         )
     prompts = [[int(start_ids[index % len(start_ids)])] for index in range(count)]
     _check_request(model.config, prompts, length - 1, ())
-    batch_size = min(batch_size, count)
+    batch_size = -(-count // -(-count // batch_size))  # batches of equal size, as near as can be
     rows: list[list[int]] = []
     for first in range(0, count, batch_size):
         batch = prompts[first : first + batch_size]
@@ -119,6 +121,7 @@ def sample_text_tokens(
         sampling = Sampling(temperature=temperature)
         new = _generate(model, full, length - 1, sampling, seed, (), None, first_stream=first).tokens
         rows += [prompt + tokens for prompt, tokens in zip(batch, new, strict=False)]
+        progress(len(rows), count)
     return np.asarray(rows, np.int32)
 
 

@@ -1,13 +1,16 @@
 """The XLA path of the dequantizing product: a scan over chunks of inputs, one output row a lane.
 
-Codes come transposed (`stream_t`, [W, N]). Step i reads the words of a chunk of inputs, shifts its codes out, decodes
-them in registers and adds x[m, k] * W[n, k] to y [M, N]:
+Codes come transposed (`stream_t`, [W, N]). Step i reads the words of a chunk of inputs, decodes them in registers and
+adds x[m, k] * W[n, k] to y [M, N]:
 
     y[m, :] += x[m, k] * decode(code[k, :])        k in chunk i
 
 Every operation is elementwise along N, so it vectorises without reordering a sum; a word is read once; nothing of the
-weight's size is ever written. It is bound by about thirteen vector operations a weight (3-bit table), and on a CPU it
-beats a dense float32 matrix-vector product, which must read eight to ten times the bytes.
+weight's size is ever written. It is bound by a dozen vector operations a weight (3-bit table), and on a CPU it beats a
+dense float32 matrix-vector product, which must read eight to ten times the bytes.
+
+A narrow matrix (few rows N) has its inputs cut into S segments that are run side by side, lanes [S, N], and summed at
+the end: fewer steps, each wide enough to be shared among cores.
 
 For many tokens the same loop writes the decoded [K, N] matrix once (`decode`) and a dense product follows.
 """
@@ -20,6 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.packing import stream_window
+
+LANES = 4096  # wanted in a step: a loop iteration costs a microsecond, this many lanes several
+_WORD_ALIGNED = 32  # codes after which any width is at a word boundary
 
 
 @functools.partial(
@@ -42,21 +48,32 @@ class Affine:
     group_axis: Literal["in", "out"]
     shape: tuple[int, int]
 
-    def values(self, codes: list[jax.Array], first: jax.Array) -> list[jax.Array]:
-        """float32 [N] for each of the codes of inputs first, first + 1, ..."""
-        shared = self.group_axis == "in" and self.group_size % len(codes) == 0
-        grid = [self._grid(first)] * len(codes) if shared else [self._grid(first + j) for j in range(len(codes))]
-        return [scale * (_float(code) - zero) for code, (scale, zero) in zip(codes, grid, strict=True)]
+    def can_split(self, length: int) -> bool:
+        """Whether groups allow segments of `length` inputs: every one must begin where a group does."""
+        whole_rows = self.group_size >= self.shape[1]
+        return self.group_axis == "in" and (whole_rows or length % self.group_size == 0)
 
-    def _grid(self, column: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Scale and zero [N] of one input column."""
-        index = column // self.group_size if self.group_axis == "in" else column
+    def values(self, window: jax.Array, first: jax.Array, count: int) -> list[jax.Array]:
+        """float32 [S, N] for each of the `count` codes of a window [S, N]: inputs first, first + 1, ... of segments."""
+        mask = jnp.uint32(2**self.bits - 1)
+        codes = [_float((window >> jnp.uint32(j * self.bits)) & mask) for j in range(count)]
+        shared = self.group_axis == "in" and self.group_size % count == 0
+        segments = window.shape[0]
+        grid = [self._grid(first if shared else first + j, segments) for j in range(1 if shared else count)]
+        grid = grid * count if shared else grid
+        return [scale * (code - zero) for code, (scale, zero) in zip(codes, grid, strict=True)]
+
+    def _grid(self, column: jax.Array, segments: int) -> tuple[jax.Array, jax.Array]:
+        """Scale and zero [S or 1, N] of one input column of each segment."""
+        size = jnp.int32(self.group_size)
+        index = jax.lax.div(column, size) if self.group_axis == "in" else column
 
         def row(values: jax.Array) -> jax.Array:
-            values = jax.lax.dynamic_index_in_dim(values, index, keepdims=False).astype(jnp.float32)
             if self.group_axis == "in":
-                return values
-            return jnp.repeat(values, self.group_size)[: self.shape[0]]
+                split = values.reshape(segments, -1, values.shape[1]) if values.shape[0] > 1 else values[None]
+                return jax.lax.dynamic_index_in_dim(split, index, axis=1, keepdims=False).astype(jnp.float32)
+            values = jax.lax.dynamic_index_in_dim(values, index).astype(jnp.float32)
+            return jnp.repeat(values, self.group_size, axis=1)[:, : self.shape[0]]
 
         zero = jnp.float32(2 ** (self.bits - 1)) if self.zeros is None else row(self.zeros)
         return row(self.scales), zero
@@ -75,10 +92,15 @@ class Codebook:
     bits: int
     shape: tuple[int, int]
 
-    def values(self, codes: list[jax.Array], first: jax.Array) -> list[jax.Array]:
-        """float32 [N] for each of the codes. A select tree up to 4 bits (no gather in vector units), else a gather."""
+    def can_split(self, length: int) -> bool:
+        """Tables do not depend on the input: any segment will do."""
+        return True
+
+    def values(self, window: jax.Array, first: jax.Array, count: int) -> list[jax.Array]:
+        """float32 [S, N] for each code. A select tree up to 4 bits (vector units have no gather), else a gather."""
         table = self.codebook.astype(jnp.float32)
-        found = [_select(list(table), code, self.bits) if self.bits <= 4 else _gather(table, code) for code in codes]
+        look_up = _select if self.bits <= 4 else _gather
+        found = [look_up(table, window, j * self.bits, self.bits) for j in range(count)]
         return found if self.scales is None else [value * self.scales.astype(jnp.float32) for value in found]
 
 
@@ -88,47 +110,59 @@ Weight = Affine | Codebook
 @jax.jit
 def matvec(x: jax.Array, weight: Weight) -> jax.Array:
     """x [M, K] float32 times the transposed weight, [M, N] float32, for few rows M: nothing decoded is stored."""
-    chunk, steps = _chunks(weight)
-    rows = x.shape[0]
-    if steps == 0:  # every input column is kept elsewhere
-        return jnp.zeros((rows, weight.shape[0]), jnp.float32)
-    padded = jnp.pad(x, ((0, 0), (0, steps * chunk - x.shape[1])))  # codes past the end meet a zero
-    inputs = padded.reshape(rows, steps, chunk).transpose(1, 2, 0)
+    rows, (outputs, columns) = x.shape[0], weight.shape
+    if columns == 0:  # every input column is kept elsewhere
+        return jnp.zeros((rows, outputs), jnp.float32)
+    segments, steps, chunk = _schedule(weight)
+    padded = jnp.pad(x, ((0, 0), (0, segments * steps * chunk - columns)))  # codes past the end meet a zero
+    inputs = padded.reshape(rows, segments, steps, chunk).transpose(2, 3, 0, 1)
+    words = weight.words.reshape(segments, -1, outputs)
 
     def step(total: jax.Array, item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         index, part = item
-        codes = stream_window(weight.words, index, weight.bits, chunk)
-        for value, inputs_k in zip(weight.values(codes, index * chunk), part, strict=True):
-            total = total + inputs_k[:, None] * value[None, :]
+        window = stream_window(words, index, weight.bits, chunk)
+        for value, inputs_k in zip(weight.values(window, index * chunk, chunk), part, strict=True):
+            total = total + inputs_k[:, :, None] * value[None]
         return total, None
 
-    start = jnp.zeros((rows, weight.shape[0]), jnp.float32)
+    start = jnp.zeros((rows, segments, outputs), jnp.float32)
     total, _ = jax.lax.scan(step, start, (jnp.arange(steps, dtype=jnp.int32), inputs))
-    return total
+    return jnp.sum(total, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
 def decode(weight: Weight, dtype: jnp.dtype) -> jax.Array:
     """The decoded matrix, transposed: [K, N]."""
-    chunk, steps = _chunks(weight)
-    if steps == 0:
-        return jnp.zeros((0, weight.shape[0]), dtype)
+    outputs, columns = weight.shape
+    if columns == 0:
+        return jnp.zeros((0, outputs), dtype)
+    segments, steps, chunk = _schedule(weight)
+    words = weight.words.reshape(segments, -1, outputs)
 
     def step(index: jax.Array, dense: jax.Array) -> jax.Array:
-        codes = stream_window(weight.words, index, weight.bits, chunk)
+        window = stream_window(words, index, weight.bits, chunk)
         # Row by row in place: one stacked write a step makes XLA's CPU compiler decode every value again for each row.
-        for j, value in enumerate(weight.values(codes, index * chunk)):
-            dense = jax.lax.dynamic_update_slice(dense, value.astype(dtype)[None], (index * chunk + j, 0))
+        for j, value in enumerate(weight.values(window, index * chunk, chunk)):
+            dense = jax.lax.dynamic_update_slice(dense, value.astype(dtype)[:, None], (0, index * chunk + j, 0))
         return dense
 
-    start = jnp.zeros((steps * chunk, weight.shape[0]), dtype)
-    return jax.lax.fori_loop(0, steps, step, start)[: weight.shape[1]]
+    start = jnp.zeros((segments, steps * chunk, outputs), dtype)
+    return jax.lax.fori_loop(0, steps, step, start).reshape(-1, outputs)[:columns]
 
 
-def _chunks(weight: Weight) -> tuple[int, int]:
-    """Codes a step, as many as fit one 32-bit window, and the number of steps."""
+def _schedule(weight: Weight) -> tuple[int, int, int]:
+    """(segments, steps, codes a step): a step takes as many codes as fit one 32-bit window, from every segment."""
+    outputs, columns = weight.shape
     chunk = 8 if weight.bits <= 4 else 4
-    return chunk, -(-weight.shape[1] // chunk)
+    segments = 1
+    blocks, ragged = divmod(columns, _WORD_ALIGNED)
+    if not ragged:
+        for count in range(2, blocks + 1):
+            if segments * outputs >= LANES:
+                break
+            if blocks % count == 0 and weight.can_split(columns // count):
+                segments = count
+    return segments, -(-columns // (segments * chunk)), chunk
 
 
 def _float(codes: jax.Array) -> jax.Array:
@@ -136,15 +170,18 @@ def _float(codes: jax.Array) -> jax.Array:
     return codes.astype(jnp.int32).astype(jnp.float32)
 
 
-def _select(entries: list[jax.Array], code: jax.Array, bits: int) -> jax.Array:
-    """entries[code] by halving the list on each bit of the code."""
-    for bit in range(bits):
-        odd = (code >> jnp.uint32(bit)) & jnp.uint32(1) != jnp.uint32(0)
+def _select(table: jax.Array, window: jax.Array, place: int, bits: int) -> jax.Array:
+    """table [2**bits, N or 1] at the codes in bits [place, place + bits) of window [S, N], by halving on each bit."""
+    entries = list(table)
+    for bit in range(place, place + bits):
+        # The bit as the sign: blending instructions look at nothing else, so no mask has to be made.
+        odd = jax.lax.bitcast_convert_type(window << jnp.uint32(31 - bit), jnp.int32) < 0
         entries = [jnp.where(odd, high, low) for low, high in zip(entries[::2], entries[1::2], strict=True)]
-    return jnp.broadcast_to(entries[0], code.shape)
+    return entries[0]
 
 
-def _gather(table: jax.Array, code: jax.Array) -> jax.Array:
-    """table [2**bits, N or 1] at code [N]."""
-    table = jnp.broadcast_to(table, (table.shape[0], code.shape[0]))
-    return jnp.take_along_axis(table, code.astype(jnp.int32)[None, :], axis=0)[0]
+def _gather(table: jax.Array, window: jax.Array, place: int, bits: int) -> jax.Array:
+    """table [2**bits, N or 1] at the codes in bits [place, place + bits) of window [S, N]."""
+    code = ((window >> jnp.uint32(place)) & jnp.uint32(2**bits - 1)).astype(jnp.int32)
+    table = jnp.broadcast_to(table, (table.shape[0], code.shape[1]))
+    return jnp.take_along_axis(table, code, axis=0)

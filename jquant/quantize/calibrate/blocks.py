@@ -39,7 +39,7 @@ def block_prefix(index: int) -> str:
 
 
 def run_tapped(block: Any, paths: Sequence[str], x: jax.Array, context: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(block output, {path: input of that linear layer}) for weights at `paths` inside the block. Only under a trace."""
+    """(block output, {path: input of that layer}) for the weights at `paths` inside the block. Only under a trace."""
     seen: dict[str, jax.Array] = {}
     weights = trees.leaves(block)
 
