@@ -19,7 +19,7 @@ Layouts, named by `layout`:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ Weight = AffineWeight | CodebookWeight | QuantizedLinear
 WEIGHT_TYPES = (AffineWeight, CodebookWeight, QuantizedLinear)
 
 
-def is_quantized(leaf: Any) -> TypeGuard[Weight]:
+def is_quantized(leaf: Any) -> bool:
     """Whether a node of a tree is a packed weight."""
     return isinstance(leaf, WEIGHT_TYPES)
 

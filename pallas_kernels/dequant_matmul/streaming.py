@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.packing import stream_window
 
-LANES = 4096  # wanted in a step: a loop iteration costs a microsecond, this many lanes several
+LANES = 16384  # wanted in a step: a loop iteration costs a microsecond, this many lanes several
 _WORD_ALIGNED = 32  # codes after which any width is at a word boundary
 
 
@@ -47,6 +47,10 @@ class Affine:
     group_size: int
     group_axis: Literal["in", "out"]
     shape: tuple[int, int]
+
+    def chunk(self) -> int:
+        """Codes a step: as many as fit one 32-bit window."""
+        return 8 if self.bits <= 4 else 4
 
     def can_split(self, length: int) -> bool:
         """Whether groups allow segments of `length` inputs: every one must begin where a group does."""
@@ -71,9 +75,10 @@ class Affine:
         def row(values: jax.Array) -> jax.Array:
             if self.group_axis == "in":
                 split = values.reshape(segments, -1, values.shape[1]) if values.shape[0] > 1 else values[None]
-                return jax.lax.dynamic_index_in_dim(split, index, axis=1, keepdims=False).astype(jnp.float32)
-            values = jax.lax.dynamic_index_in_dim(values, index).astype(jnp.float32)
-            return jnp.repeat(values, self.group_size, axis=1)[:, : self.shape[0]]
+                found = jax.lax.dynamic_index_in_dim(split, index, axis=1, keepdims=False)
+            else:
+                found = jnp.repeat(jax.lax.dynamic_index_in_dim(values, index), self.group_size, axis=1)
+            return found[:, : self.shape[0]].astype(jnp.float32)
 
         zero = jnp.float32(2 ** (self.bits - 1)) if self.zeros is None else row(self.zeros)
         return row(self.scales), zero
@@ -91,6 +96,10 @@ class Codebook:
     scales: jax.Array | None
     bits: int
     shape: tuple[int, int]
+
+    def chunk(self) -> int:
+        """Codes a step. Every code is a select tree in the program, so fewer of them than fit: compiling counts too."""
+        return 4
 
     def can_split(self, length: int) -> bool:
         """Tables do not depend on the input: any segment will do."""
@@ -118,16 +127,15 @@ def matvec(x: jax.Array, weight: Weight) -> jax.Array:
     inputs = padded.reshape(rows, segments, steps, chunk).transpose(2, 3, 0, 1)
     words = weight.words.reshape(segments, -1, outputs)
 
-    def step(total: jax.Array, item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        index, part = item
+    def step(index: jax.Array, total: jax.Array) -> jax.Array:
         window = stream_window(words, index, weight.bits, chunk)
-        for value, inputs_k in zip(weight.values(window, index * chunk, chunk), part, strict=True):
+        here = jax.lax.dynamic_index_in_dim(inputs, index, keepdims=False)
+        for value, inputs_k in zip(weight.values(window, index * chunk, chunk), here, strict=True):
             total = total + inputs_k[:, :, None] * value[None]
-        return total, None
+        return total
 
     start = jnp.zeros((rows, segments, outputs), jnp.float32)
-    total, _ = jax.lax.scan(step, start, (jnp.arange(steps, dtype=jnp.int32), inputs))
-    return jnp.sum(total, axis=1)
+    return jnp.sum(jax.lax.fori_loop(0, steps, step, start), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
@@ -153,7 +161,7 @@ def decode(weight: Weight, dtype: jnp.dtype) -> jax.Array:
 def _schedule(weight: Weight) -> tuple[int, int, int]:
     """(segments, steps, codes a step): a step takes as many codes as fit one 32-bit window, from every segment."""
     outputs, columns = weight.shape
-    chunk = 8 if weight.bits <= 4 else 4
+    chunk = weight.chunk()
     segments = 1
     blocks, ragged = divmod(columns, _WORD_ALIGNED)
     if not ragged:

@@ -68,7 +68,7 @@ def test_window_reads_what_unpack_reads(bits: int, count: int) -> None:
     codes = _codes(bits, 3, 45)
     words = jnp.asarray(pack_codes(jnp.asarray(codes), bits)).T
     for index in range(-(-45 // count)):  # the last window reaches past the end of the stream
-        window = np.asarray(stream_window(words, jnp.int32(index), bits, count))[:, None]
+        window = np.asarray(stream_window(words[None], jnp.int32(index), bits, count))[0][:, None]
         window = (window >> (bits * np.arange(count, dtype=np.uint32))) & np.uint32(2**bits - 1)
         expected = codes[:, index * count : (index + 1) * count]
         np.testing.assert_array_equal(window[:, : expected.shape[1]], expected)
