@@ -79,7 +79,7 @@ def demo_command(options: argparse.Namespace) -> None:
                 )
                 for row in (before, after)
             ],
-            title=f"{Path(source.name).name}: {before['windows']} windows of {window} tokens of Python's documentation topics",
+            title=f"{Path(source.name).name}, {before['windows']} windows of {window} tokens of Python's documentation",
         )
     lines = [f"\n{options.question}", *(f"  {row['model']}: {row['answer']}" for row in (before, after))]
     lines.append(

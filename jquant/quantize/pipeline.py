@@ -97,10 +97,10 @@ def quantize(
     if needed and calibration is None and not (method == "squeezellm"):
         raise ValueError(f"method {method} needs calibration: token sequences [S, T], or statistics from jq.calibrate")
     run = _Run(plan, paths_by_block(list(plan)), journal, progress)
-    if given is not None and needed:
-        _from_statistics(model, run, given, method)
-    elif calibration is None or needed is None:
-        _block_by_block(model, run, method)
+    if given is not None or calibration is None or needed is None:
+        ranges = _outlier_ranges(model, run) if method == "squeezellm" else {}
+        statistic = _given(given, plan, method) if given is not None and needed else lambda path: {}
+        _block_by_block(model, run, ranges, statistic)
     elif needed == "hessian":
         _true_sequential(model, run, split_batches(np.asarray(calibration)))
     else:
@@ -152,30 +152,10 @@ class _Run:
             self.progress(Progress("quantize", len(self.results), len(self.plan), report))
 
 
-def _block_by_block(model: Any, run: _Run, method: str) -> None:
-    """Passes without statistics."""
-    ranges = _outlier_ranges(model, run) if method == "squeezellm" else {}
-    for index, block in enumerate(model.layers):
-        if not run.paths(index) or run.resumed(index) is not None:
-            continue
-        weights = trees.leaves(block)
-        results = {}
-        for path in run.paths(index):
-            spec = run.spec(index, path)
-            full = block_prefix(index) + path
-            results[path] = quantize_array(weights[path], spec, outlier_range=ranges.get(spec), path=full)
-        run.finish(index, results)
-
-
-def _from_statistics(model: Any, run: _Run, given: Mapping[str, Stats], method: str) -> None:
-    """Passes on statistics gathered beforehand."""
-    wanted = HessianStats if STATISTIC[method] == "hessian" else FisherStats
-    for path in run.plan:
-        if not isinstance(given.get(path), wanted):
-            raise ValueError(
-                f"method {method} needs {wanted.__name__} for {path}, got {type(given.get(path)).__name__}"
-            )
-    ranges = _outlier_ranges(model, run) if method == "squeezellm" else {}
+def _block_by_block(
+    model: Any, run: _Run, ranges: Mapping[QuantSpec, float], statistic: Callable[[str], Mapping[str, jax.Array]]
+) -> None:
+    """Every layer by itself. statistic(path): the `quantize_array` arguments that its statistic makes, if any."""
     for index, block in enumerate(model.layers):
         if not run.paths(index) or run.resumed(index) is not None:
             continue
@@ -183,10 +163,21 @@ def _from_statistics(model: Any, run: _Run, given: Mapping[str, Stats], method: 
         results = {}
         for path in run.paths(index):
             spec, full = run.spec(index, path), block_prefix(index) + path
-            statistic = given[full].finalize()
-            named = {"hessian": statistic} if wanted is HessianStats else {"fisher": statistic}
-            results[path] = quantize_array(weights[path], spec, outlier_range=ranges.get(spec), path=full, **named)
+            results[path] = quantize_array(
+                weights[path], spec, outlier_range=ranges.get(spec), path=full, **statistic(full)
+            )
         run.finish(index, results)
+
+
+def _given(stats: Mapping[str, Stats], plan: Plan, method: str) -> Callable[[str], Mapping[str, jax.Array]]:
+    """Statistics gathered beforehand, as `_block_by_block` wants them; ValueError if a layer's is not there."""
+    name = STATISTIC[method]
+    wanted = HessianStats if name == "hessian" else FisherStats
+    for path in plan:
+        if not isinstance(stats.get(path), wanted):
+            kind = type(stats.get(path)).__name__
+            raise ValueError(f"method {method} needs {wanted.__name__} for {path}, got {kind}")
+    return lambda path: {str(name): stats[path].finalize()}
 
 
 def _true_sequential(model: Any, run: _Run, batches: list[np.ndarray]) -> None:
