@@ -39,6 +39,7 @@ from jquant.format.weights import (
     shape_of,
     size_bytes,
     transposed,
+    with_rows,
     words,
 )
 from pallas_kernels import dequant_matmul, sparse_matmul
@@ -127,17 +128,19 @@ def explain(model: Any, tokens: int) -> str:
 
 
 def prepare(tree: Any) -> Any:
-    """The same model with every packed weight in the layout this device reads fastest; once, after loading.
+    """The same model with every packed weight in the form this device reads fastest; once, after loading.
 
-    On a CPU that is "stream_t". Weights are converted one at a time, so the extra memory is one weight's.
+    On a CPU the base goes into the "stream_t" layout; everywhere a residual gets the row of each entry beside it.
+    Weights are converted one at a time, so the extra memory is one weight's.
     """
-    if platform() != "cpu":
-        return tree
+    return jax.tree.map(lambda leaf: _prepared(leaf) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
 
-    def transpose(leaf: Any) -> Any:
-        return transposed(canonical(leaf)) if is_quantized(leaf) else leaf
 
-    return jax.tree.map(transpose, tree, is_leaf=is_quantized)
+def _prepared(w: Any) -> Any:
+    if isinstance(w, QuantizedLinear):
+        rest = None if w.residual is None else with_rows(w.residual)
+        return dataclasses.replace(w, weight=_prepared(w.weight), residual=rest)
+    return transposed(canonical(w)) if platform() == "cpu" else canonical(w)
 
 
 def _no_pallas(w: Any) -> str | None:
@@ -155,11 +158,13 @@ def _dense(x: jax.Array, w: jax.Array) -> jax.Array:
 def _quantized(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
     """x [M, K] -> [M, N] float32, without the bias."""
     x, layer = jax.lax.optimization_barrier((x, layer))
-    if platform() != "cpu":
-        return _dense(x, dequantize(dataclasses.replace(layer, bias=None)).astype(x.dtype))
-    if x.shape[0] <= STREAMING_TOKENS:
-        return _stream_few(x.astype(jnp.float32), layer)
-    return _decode_once(x, layer)
+    few = x.shape[0] <= STREAMING_TOKENS
+    if platform() == "cpu":
+        return _stream_few(x.astype(jnp.float32), layer) if few else _decode_once(x, layer)
+    rest = layer.residual if few else None  # for many tokens it costs less to put the entries into the decoded matrix
+    base = dataclasses.replace(layer, bias=None, residual=None if few else layer.residual)
+    y = _dense(x, dequantize(base).astype(x.dtype))
+    return y if rest is None else y + _sparse(x.astype(jnp.float32), rest)
 
 
 def _stream_few(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
@@ -170,10 +175,7 @@ def _stream_few(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
         inputs = x[:, base_columns(kept.index, layer.weight.shape[1])]
         y = y + _dense(x[:, kept.index], kept.weight.astype(jnp.float32))
     y = y + dequant_matmul.matvec(inputs, _streamed(layer.weight))
-    if layer.residual is not None:
-        rest = layer.residual
-        y = y + sparse_matmul.gather_sum(x, rest.values, rest.columns, residual_rows(rest), y.shape[1])
-    return y
+    return y if layer.residual is None else y + _sparse(x, layer.residual)
 
 
 def _decode_once(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
@@ -188,6 +190,11 @@ def _decode_once(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
         dense = _add_residual(dense, layer.residual)
     # float32 arithmetic whatever x is: a CPU has no bfloat16 product worth using
     return jnp.matmul(x.astype(jnp.float32), dense)
+
+
+def _sparse(x: jax.Array, residual: SparseResidual) -> jax.Array:
+    rows, shape = residual_rows(residual), residual.shape
+    return sparse_matmul.gather_sum(x, residual.values, residual.columns, rows, shape[0])
 
 
 def _add_residual(dense: jax.Array, residual: SparseResidual) -> jax.Array:

@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A GPU would otherwise multiply float32 in tf32, three digits short of what the tolerances here are about.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _machine() -> str:

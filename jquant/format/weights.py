@@ -221,28 +221,28 @@ def affine_zeros(weight: AffineWeight) -> jax.Array | None:
 
 
 def canonical(weight: Weight) -> Weight:
-    """The same weight in the "stream" layout."""
-    return weight if _layout(weight) == "stream" else transposed(weight)
+    """The same weight as a checkpoint holds it: in the "stream" layout, without what `jquant.prepare` adds."""
+    if isinstance(weight, QuantizedLinear):
+        rest = None if weight.residual is None else dataclasses.replace(weight.residual, rows=None)
+        return dataclasses.replace(weight, weight=canonical(weight.weight), residual=rest)
+    return weight if weight.layout == "stream" else transposed(weight)
 
 
 def transposed(weight: Any) -> Any:
-    """The same weight in the other layout: "stream" becomes "stream_t" and back."""
+    """The same weight with its base in the other layout: "stream" becomes "stream_t" and back."""
     if isinstance(weight, QuantizedLinear):
-        rest = weight.residual
-        if rest is not None:
-            # By NumPy: the count differs from layer to layer, and JAX would compile this for each.
-            counts = np.diff(np.asarray(rest.row_pointer))
-            rows = np.repeat(np.arange(rest.shape[0], dtype=np.int32), counts)
-            rest = dataclasses.replace(rest, rows=jnp.asarray(rows) if rest.rows is None else None)
-        return dataclasses.replace(weight, weight=transposed(weight.weight), residual=rest)
+        return dataclasses.replace(weight, weight=transposed(weight.weight))
     layout = "stream_t" if weight.layout == "stream" else "stream"
     if isinstance(weight, AffineWeight):
         return dataclasses.replace(weight, codes=weight.codes.T, scales=weight.scales.T, layout=layout)
     return dataclasses.replace(weight, codes=weight.codes.T, codebook=weight.codebook.T, layout=layout)
 
 
-def _layout(weight: Any) -> str:
-    return weight.weight.layout if isinstance(weight, QuantizedLinear) else weight.layout
+def with_rows(residual: SparseResidual) -> SparseResidual:
+    """The same entries with `rows` filled in. Not for use under jit."""
+    # By NumPy: the count differs from layer to layer, and JAX would compile this for each.
+    counts = np.diff(np.asarray(residual.row_pointer))
+    return dataclasses.replace(residual, rows=jnp.asarray(np.repeat(np.arange(counts.size, dtype=np.int32), counts)))
 
 
 def spread_groups(group_size: int, group_axis: GroupAxis, shape: tuple[int, int]):
