@@ -1,7 +1,7 @@
 """Perplexity against bits: `python -m bench.quality MODEL --text FILE --calibration FILE`.
 
 Every row quantizes the same model with the same calibration sequences and evaluates the same windows. Results go to
-bench/results/quality-<name>.json after every row, and with --readme into the README's table.
+bench/results/quality-<name>.json after every row; `python -m bench.readme` makes the README's table of it.
 """
 
 import argparse
@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--calibration-len", type=int, default=1024)
     parser.add_argument("--name", default="smollm2-135m-instruct")
-    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
     options = parser.parse_args()
 
     source = jq.open_model(options.model)
@@ -64,7 +63,7 @@ def main() -> None:
             }
         )
         print(f"{label:24s} {bits:7.3f} bits  perplexity {outcome.perplexity:.3f}  {seconds:.0f} s", flush=True)
-        protocol = {name: str(value) for name, value in vars(options).items() if name not in ("readme", "model")}
+        protocol = {name: str(value) for name, value in vars(options).items() if name != "model"}
         record.save(f"quality-{options.name}", {"protocol": protocol, "rows": rows})
 
     add("unquantized", None, None, model, 16.0, 0.0)
@@ -77,9 +76,6 @@ def main() -> None:
             data = fisher
         quantized, report = jq.quantize(model, spec, data, method=method)
         add(label, method, spec, jq.prepare(quantized), mean_bits(report), time.perf_counter() - started)
-    if options.readme:
-        cells = [(r["label"], f"{r['bits_per_weight']:.2f}", f"{r['perplexity']:.2f}") for r in rows]
-        record.put_into_readme("quality", record.markdown(("method", "bits a weight", "perplexity"), cells))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Both comparisons run in one process on the same cores. transformers (torch, float32, sdpa) gets the very parameters
 that jquant loaded. Everything is run once to compile and warm up, then timed; the ratio is of medians.
+Results go to bench/results/speed-<name>.json; `python -m bench.readme` makes the README's table of it.
 """
 
 import argparse
@@ -29,7 +30,6 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--name", default="cpu")
-    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
     options = parser.parse_args()
 
     source = jq.open_model(options.model)
@@ -49,12 +49,6 @@ def main() -> None:
         f"eval: {ours[0]:.2f} s a window, transformers {theirs[0]:.2f} s, ratio {evaluation['ratio']:.2f}", flush=True
     )
     record.save(f"speed-{options.name}", {"decode": rows, "evaluation": evaluation})
-    if options.readme:
-        cells = [(r["spec"], f"{r['tokens_per_second']:.1f}", f"{r['speedup']:.2f}") for r in rows]
-        table = record.markdown(("decode, batch 1", "tokens/s", "against the faster dense"), cells)
-        record.put_into_readme(
-            "speed", f"{table}\n\nEvaluation takes {evaluation['ratio']:.2f} times transformers' time."
-        )
 
 
 def decode_rows(model: Any, source: Any, count: int) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ continued and gives the same bytes. Statistics that the caller gathered beforeha
 then nothing is streamed, and every layer is judged by the unquantized model's activations.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -137,6 +138,10 @@ class _Run:
         return found
 
     def finish(self, block: int, results: Results) -> None:
+        """Takes in a block's results; ValueError rather than ever keep a weight that is not finite."""
+        for _, report in results.values():
+            if not math.isfinite(report.weight_error):
+                raise ValueError(f"{report.path} decodes to values that are not finite; is its range beyond float32's?")
         if self.journal is not None:
             self.journal.store(block, results)
         self._add(block, results)
