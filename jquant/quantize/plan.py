@@ -8,8 +8,10 @@ A rule is a glob over paths and a spec, or None to leave the layers dense; the l
 
 import dataclasses
 import fnmatch
+import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +23,9 @@ from jquant.format.weights import is_quantized, size_bytes
 from jquant.quantize.calibrate import linear_paths
 from jquant.quantize.matrix import STATISTIC, check_spec
 
+COMPILER_BYTES = 600_000_000  # XLA on a CPU, largest while programs of thirty blocks are compiled
+HEAD_ROWS = 256  # tokens whose logits exist at once
+SELF_BATCH = 16  # sequences sampled together
 KMEANS_SECONDS = 6e-7  # a weight and core, fit_codebook on a 2020s CPU core; a GPU needs a fraction (bench/LOG.md)
 
 
@@ -121,16 +126,30 @@ def forecast(
     statistics = {None: 0, "hessian": 4 * 4 * widest**2, "fisher": 4 * 4 * block}[statistic]
     # besides the parameters: the stream, one block's statistics, and one layer in float32 with its pass's copies
     work = copies * stream + statistics + 8 * 4 * max((leaves[path].size for path in plan), default=0)
+    if statistic == "fisher":
+        work += 6 * 4 * HEAD_ROWS * max(leaf.shape[0] for leaf in leaves.values())  # logits and their gradients
+    if self_calibrated and statistic:
+        kv = max((leaves[path].shape[0] for path in plan if path.endswith("k_proj.weight")), default=0)
+        work += 2 * 2 * 4 * min(samples, SELF_BATCH) * seq_len * kv * depth  # keys and values, and those being written
     passes = {None: 0, "hessian": 5, "fisher": 6}[statistic]
     rate = measured_flops() if passes or self_calibrated else 1.0
     seconds = passes * 2 * weights * samples * seq_len / rate
     if self_calibrated and statistic:
-        seconds += seq_len * -(-samples // 16) * params / 8e9  # each step reads the weights once for 16 sequences
+        # each step reads the weights once for a batch of sequences
+        seconds += seq_len * -(-samples // SELF_BATCH) * params / 8e9
     if method == "squeezellm":
         seconds += weights * KMEANS_SECONDS / (1 if jax.default_backend() == "cpu" else 50)
     seconds += weights * 5e-8
     bits = 8 * quantized / max(weights, 1)
-    return Forecast(len(plan), bits, int(quantized + dense), int(params + work), seconds)
+    peak = process_bytes() + params + quantized + work
+    return Forecast(len(plan), bits, int(quantized + dense), int(peak), seconds)
+
+
+def process_bytes() -> int:
+    """What this process holds already, and what XLA's compiler will: the floor under any run."""
+    statm = Path("/proc/self/statm")
+    resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 400_000_000
+    return resident + COMPILER_BYTES
 
 
 def measured_flops(size: int = 1024) -> float:
