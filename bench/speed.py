@@ -19,7 +19,7 @@ import jquant as jq
 from bench import record
 from jquant.api import load_text
 
-SPECS = ("w4-g128", "w3-codebook+s0.45%", "w4-codebook", "w8")
+SPECS = ("w8", "w4-g128", "w4-codebook", "w3-codebook+s0.45%")
 
 
 def main() -> None:
