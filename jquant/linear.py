@@ -46,7 +46,7 @@ from pallas_kernels import dequant_matmul, sparse_matmul
 from pallas_kernels.device import platform
 
 Implementation = Literal["xla", "pallas"] | None
-STREAMING_TOKENS = 8  # beyond it, decoding once and a dense product are faster (bench/LOG.md)
+STREAMING_TOKENS = 8  # a guess, not tuned: work grows with tokens here, beyond it a decode pays
 
 
 @jax.tree_util.register_dataclass

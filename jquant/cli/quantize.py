@@ -89,6 +89,10 @@ def quantize_command(options: argparse.Namespace) -> None:
             "the same command with --resume continues there"
         )
         raise
+    except ValueError:
+        if not journal.finished_blocks():  # refused before any work: the corrected command must not meet a leftover
+            journal.remove()
+        raise
     journal.remove()
     _show_outcome(options, report)
 

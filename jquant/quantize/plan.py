@@ -26,7 +26,9 @@ from jquant.quantize.matrix import STATISTIC, check_spec
 COMPILER_BYTES = 600_000_000  # XLA on a CPU, largest while programs of thirty blocks are compiled
 HEAD_ROWS = 256  # tokens whose logits exist at once
 SELF_BATCH = 16  # sequences sampled together
-KMEANS_SECONDS = 6e-7  # a weight and core, fit_codebook on a 2020s CPU core; a GPU needs a fraction (bench/LOG.md)
+KMEANS_SECONDS = (
+    6e-7  # a weight and core, all passes of squeezellm beside the gradients; two to six times what the fit takes
+)
 
 
 @dataclasses.dataclass(frozen=True)
