@@ -23,6 +23,11 @@ from jquant.quantize.calibrate import (
 from jquant.quantize.matrix import quantize_array as quantize_array
 from jquant.quantize.pipeline import quantize as quantize
 from jquant.quantize.plan import Rule as Rule, make_plan as make_plan
-from jquant.runtime.evaluate import perplexity as perplexity
+from jquant.runtime.evaluate import (
+    Comparison as Comparison,
+    compare as compare,
+    perplexity as perplexity,
+    reference_states as reference_states,
+)
 from jquant.runtime.generate import generate as generate, sample_text_tokens as sample_text_tokens
 from jquant.runtime.sampling import Sampling as Sampling

@@ -24,6 +24,9 @@ from jquant.format import checkpoint, tree as trees
 from jquant.format.weights import canonical, is_quantized, shape_of
 from jquant.linear import Implementation, platform, prepare
 from jquant.models import Decoder, ModelConfig
+from jquant.models.decoder import untied
+from jquant.quantize.calibrate import calibrate, split_batches
+from jquant.quantize.passes.transforms import Kind as Kind, transform
 from jquant.quantize.pipeline import Report
 
 
@@ -129,6 +132,23 @@ def load_text(path: Path) -> str:
 def run_dtype(dtype: DTypeLike | None) -> DTypeLike | None:
     """The type to load parameters in when the user named none: float32 on a CPU, else as stored (None)."""
     return jnp.float32 if dtype is None and platform() == "cpu" else dtype
+
+
+def transformed(model: Decoder, kind: Kind, sequences: np.ndarray | None = None, seed: int = 0) -> Decoder:
+    """The same function in other weights, which quantize better: kind "rotate", "rotate-offline" or "smooth".
+
+    Tied embeddings are untied first where the kind needs it. "smooth" measures the inputs on token sequences [S, T].
+    See `jquant.quantize.passes.transforms`.
+    """
+    amax = None
+    if kind == "smooth":
+        if sequences is None:
+            raise ValueError("the transform smooth measures the layers' inputs; give calibration sequences")
+        stats = calibrate(model, split_batches(sequences), "range")
+        amax = {path: stat.finalize() for path, stat in stats.items()}
+    elif model.config.tie_embeddings:
+        model = untied(model)
+    return transform(model, kind, seed=seed, head_dim=model.config.head_dim, amax=amax)
 
 
 def save(

@@ -2,7 +2,8 @@
 
     bench, tests -> jquant.cli -> convert -> jquant -> pallas_kernels -> jax
     in jquant:            cli -> api -> runtime, quantize -> models (runtime only) -> linear -> format
-    in jquant.quantize:   journal -> pipeline -> plan -> matrix -> calibrate, passes -> grid, codebook
+    in jquant.quantize:   journal -> pipeline -> forward -> backward -> run -> plan -> matrix -> calibrate, passes
+                          -> grid, codebook
 
 `jquant.api` (with `jquant` itself) may import convert, but inside a function only: convert imports jquant.
 """
@@ -33,9 +34,25 @@ MAY_IMPORT = {
     "jquant.cli": _LIBRARY | {"jquant.api", "convert"},
 }
 # a module of jquant.quantize imports modules of earlier levels only
-QUANTIZE_LEVELS = ({"grid", "codebook"}, {"calibrate", "passes"}, {"matrix"}, {"plan"}, {"pipeline"}, {"journal"})
+QUANTIZE_LEVELS = (
+    {"grid", "codebook", "allocate"},
+    {"calibrate", "passes"},
+    {"matrix"},
+    {"plan"},
+    {"run"},
+    {"backward"},
+    {"forward"},
+    {"pipeline"},
+    {"budget", "journal"},
+)
 QUANTIZE_ORDER = {part: level for level, parts in enumerate(QUANTIZE_LEVELS) for part in parts}
-CALLS_KERNELS = {"jquant.linear", "jquant.format.weights", "jquant.runtime.kvcache"}
+CALLS_KERNELS = {
+    "jquant.linear",
+    "jquant.format.weights",
+    "jquant.format.semistructured",  # bit packing, as weights
+    "jquant.format.validity",
+    "jquant.runtime.kvcache",
+}
 # outside packages that only these places import; an empty set: none
 OUTSIDE = {
     "torch": set[str](),

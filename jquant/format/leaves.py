@@ -19,6 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jquant.format.activations import ActivationQuant
+from jquant.format.rotation import Rotation
+from jquant.format.semistructured import SparseAffineWeight
+from jquant.format.validity import validate
 from jquant.format.weights import (
     WEIGHT_TYPES,
     AffineWeight,
@@ -27,7 +31,6 @@ from jquant.format.weights import (
     QuantizedLinear,
     SparseResidual,
     Weight,
-    validate,
 )
 
 Leaf = Weight | jax.Array | np.ndarray
@@ -36,7 +39,10 @@ KINDS: dict[str, type] = {
     "affine": AffineWeight,
     "codebook": CodebookWeight,
     "outlier_columns": OutlierColumns,
+    "sparse_affine": SparseAffineWeight,
     "sparse_residual": SparseResidual,
+    "activation": ActivationQuant,
+    "rotation": Rotation,
     "quantized_linear": QuantizedLinear,
 }
 _KIND_OF = {cls: kind for kind, cls in KINDS.items()}

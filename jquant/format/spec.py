@@ -4,9 +4,18 @@
     w4-g128-sym        the same, symmetric (no zero points)
     w4-g128-out        groups of 128 outputs inside one input channel (AdaDim's per-input-channel groups)
     w4                 one group a row
+    w4-sym-2:4         two of every four inputs are zero and not stored
     w3-codebook        a table of 2**3 entries a row
+    w4-codebook-shared one table for the matrix, a scale a row
     w3-codebook+s0.45% the same, and 0.45 % of the entries kept sparse
     w4-sym+o256        256 whole input columns kept
+
+Activations are quantized where the first part says so, per token, outlier columns excepted:
+
+    w4a8               8-bit integers, asymmetric; -actsym symmetric; -actsim with the integer zero point of simulations
+    w4a4-sym+o256      QUIK
+    w4a4-codebook-actcodebook+k0.5%   KLLM: activations by a table, the 0.5 % largest and smallest of a token exact
+    ...+t0.5%          the same by thresholds from calibration
 
 A spec is parsed once, at the border; inside, everything is this dataclass.
 """
@@ -17,21 +26,55 @@ from typing import Literal
 
 Grid = Literal["affine", "codebook"]
 GroupAxis = Literal["in", "out"]
+ActivationMode = Literal["kernel", "simulation"]
 
-_GRAMMAR = "wBITS[-gSIZE][-sym][-out][-codebook][+sPERCENT%][+oCOUNT], for example w4-g128 or w3-codebook+s0.45%"
+_GRAMMAR = (
+    "wBITS[aBITS][-gSIZE][-sym][-out][-2:4][-codebook][-shared][-actsym][-actsim][-actcodebook]"
+    "[+sPERCENT%][+oCOUNT][+kPERCENT%][+tPERCENT%], for example w4-g128, w3-codebook+s0.45% or w4a8"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationSpec:
+    """How the inputs of a layer are quantized, token by token, while it runs.
+
+    bits: 2 to 8. grid: "affine" (integers) or "codebook" (one table, from calibration).
+    symmetric, mode: of integers; see `jquant.format.activations`.
+    exact: percent of a token's entries kept exactly at either end, chosen in each token, or, if `static`, by
+    thresholds from calibration.
+    """
+
+    bits: int
+    grid: Grid = "affine"
+    symmetric: bool = False
+    mode: ActivationMode = "kernel"
+    exact: float = 0.0
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits, "activation bits")
+        if not 0.0 <= self.exact < 50.0:
+            raise ValueError(f"{self.exact} % of activations kept at either end; expected 0 <= percent < 50")
+        if self.static and (not self.exact or self.grid != "codebook"):
+            raise ValueError("static thresholds are for activations by a table; write -actcodebook+tPERCENT%")
+        if self.grid == "codebook" and (self.symmetric or self.mode != "kernel"):
+            raise ValueError("activations by a table have no integer range; leave out -actsym and -actsim")
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """How one weight matrix [N, K] is stored.
+    """How one weight matrix [N, K] is stored, and how its inputs are quantized.
 
     bits: 2 to 8, of every code.
     grid: "affine" (scale and zero a group) or "codebook" (a table a row).
     group_size: entries that share a scale, counted along `group_axis`; None is the whole axis.
     group_axis: "in" groups inputs inside an output channel (the usual), "out" outputs inside an input channel.
     symmetric: no zero points, the grid is centred.
+    shared: one table for the matrix and a scale a row, instead of a table a row.
+    semistructured: 2:4, two of every four inputs are zero.
     sparse: percent of the entries kept exactly in a SparseResidual.
     outliers: number of input columns kept exactly in OutlierColumns.
+    activation: None leaves the inputs as they are.
     """
 
     bits: int
@@ -39,12 +82,14 @@ class QuantSpec:
     group_size: int | None = None
     group_axis: GroupAxis = "in"
     symmetric: bool = False
+    shared: bool = False
+    semistructured: bool = False
     sparse: float = 0.0
     outliers: int = 0
+    activation: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ValueError(f"bits is {self.bits!r}; expected a whole number from 2 to 8")
+        _check_bits(self.bits, "bits")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group size is {self.group_size}; expected at least 1, or none for one group a row")
         if not 0.0 <= self.sparse < 100.0:
@@ -56,25 +101,34 @@ class QuantSpec:
                 ("group size", self.group_size, None),
                 ("group axis", self.group_axis, "in"),
                 ("symmetric", self.symmetric, False),
+                ("2:4 pattern", self.semistructured, False),
             ):
                 if given != wanted:
                     raise ValueError(f"a codebook has no {name}: its table spans a whole row; leave out {name}={given}")
+        elif self.shared:
+            raise ValueError("only a codebook is shared by the rows of a matrix; write -codebook-shared")
+        if self.semistructured and (not self.symmetric or self.group_size is not None or self.group_axis == "out"):
+            raise ValueError("a 2:4 pattern needs a symmetric grid with one scale a row; write w4-sym-2:4")
 
     def __str__(self) -> str:
-        parts = [f"w{self.bits}"]
+        act = self.activation
+        parts = [f"w{self.bits}" + ("" if act is None else f"a{act.bits}")]
         if self.grid == "codebook":
             parts.append("codebook")
         if self.group_size is not None:
             parts.append(f"g{self.group_size}")
-        if self.symmetric:
-            parts.append("sym")
-        if self.group_axis == "out":
-            parts.append("out")
-        text = "-".join(parts)
+        flags = [(self.symmetric, "sym"), (self.group_axis == "out", "out"), (self.semistructured, "2:4")]
+        flags.append((self.shared, "shared"))
+        if act is not None:
+            flags += [(act.symmetric, "actsym"), (act.mode == "simulation", "actsim")]
+            flags.append((act.grid == "codebook", "actcodebook"))
+        text = "-".join(parts + [name for given, name in flags if given])
         if self.sparse:
             text += f"+s{self.sparse:g}%"
         if self.outliers:
             text += f"+o{self.outliers}"
+        if act is not None and act.exact:
+            text += f"+{'t' if act.static else 'k'}{act.exact:g}%"
         return text
 
     @classmethod
@@ -82,30 +136,58 @@ class QuantSpec:
         """Reads the short spelling; ValueError names the part that is wrong and what was expected."""
         base, *kept = text.strip().split("+")
         head, *parts = base.split("-")
-        match = re.fullmatch(r"w(\d+)", head)
+        match = re.fullmatch(r"w(\d+)(?:a(\d+))?", head)
         if match is None:
             raise ValueError(f"spec {text!r} starts with {head!r}; expected {_GRAMMAR}")
         values: dict[str, object] = {"bits": int(match[1])}
+        act: dict[str, object] = {} if match[2] is None else {"bits": int(match[2])}
         for part in parts:
-            if match := re.fullmatch(r"g(\d+)", part):
-                key, value = "group_size", int(match[1])
-            elif part in ("codebook", "sym", "out"):
-                key, value = {
-                    "codebook": ("grid", "codebook"),
-                    "sym": ("symmetric", True),
-                    "out": ("group_axis", "out"),
-                }[part]
+            if size := re.fullmatch(r"g(\d+)", part):
+                _put(values, "group_size", int(size[1]), text)
+            elif part in _WEIGHT_PARTS:
+                key, value = _WEIGHT_PARTS[part]
+                _put(values, key, value, text)
+            elif part in _ACTIVATION_PARTS:
+                key, value = _ACTIVATION_PARTS[part]
+                _put(act, key, value, text)
             else:
                 raise ValueError(f"spec {text!r} has the unknown part {part!r}; expected {_GRAMMAR}")
-            _put(values, key, value, text)
         for part in kept:
-            if match := re.fullmatch(r"s(\d+(?:\.\d+)?)%", part):
-                _put(values, "sparse", float(match[1]), text)
+            if match := re.fullmatch(r"([skt])(\d+(?:\.\d+)?)%", part):
+                if match[1] == "s":
+                    _put(values, "sparse", float(match[2]), text)
+                else:
+                    _put(act, "exact", float(match[2]), text)
+                    act["static"] = match[1] == "t"
             elif match := re.fullmatch(r"o(\d+)", part):
                 _put(values, "outliers", int(match[1]), text)
             else:
-                raise ValueError(f"spec {text!r} has the unknown part +{part}; expected +sPERCENT% or +oCOUNT")
-        return cls(**values)  # type: ignore[arg-type]
+                raise ValueError(
+                    f"spec {text!r} has the unknown part +{part}; expected +sPERCENT%, +oCOUNT, +kPERCENT%, +tPERCENT%"
+                )
+        if act and "bits" not in act:
+            raise ValueError(f"spec {text!r} says how to quantize activations, but not to how many bits: write w4a8...")
+        activation = ActivationSpec(**act) if act else None  # type: ignore[arg-type]
+        return cls(**values, activation=activation)  # type: ignore[arg-type]
+
+
+_WEIGHT_PARTS = {
+    "codebook": ("grid", "codebook"),
+    "sym": ("symmetric", True),
+    "out": ("group_axis", "out"),
+    "shared": ("shared", True),
+    "2:4": ("semistructured", True),
+}
+_ACTIVATION_PARTS = {
+    "actsym": ("symmetric", True),
+    "actsim": ("mode", "simulation"),
+    "actcodebook": ("grid", "codebook"),
+}
+
+
+def _check_bits(bits: object, name: str) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"{name} is {bits!r}; expected a whole number from 2 to 8")
 
 
 def _put(values: dict[str, object], key: str, value: object, text: str) -> None:

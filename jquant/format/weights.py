@@ -5,7 +5,11 @@ kernel; nothing densifies unless it is called by name.
 
     AffineWeight     W[n, k] = scales[g] * (code[n, k] - zero[g])         g = the group of (n, k)
     CodebookWeight   W[n, k] = codebook[n, code[n, k]] (* scales[n])
-    QuantizedLinear  W       = scatter(weight, outliers) + residual
+    SparseAffineWeight  two of every four inputs, see `jquant.format.semistructured`
+    QuantizedLinear  W       = scatter(weight, outliers) + residual          y = W q(transform(x)) + bias
+
+`activation` and `transform` say what happens to x before the product; `dequantize` is about W alone. Outlier columns
+and residual multiply the transformed x as it is, never the quantized one.
 
 Fields marked § are static: they are part of the tree's structure, hence of the jit key.
 
@@ -25,8 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.format.activations import ActivationQuant
+from jquant.format.rotation import Rotation
+from jquant.format.semistructured import SparseAffineWeight, dequantize_semistructured
 from jquant.format.spec import GroupAxis
-from pallas_kernels.packing import num_words, pack_codes, unpack_codes
+from pallas_kernels.packing import pack_codes, unpack_codes
 
 T = TypeVar("T")
 
@@ -108,14 +115,17 @@ class SparseResidual:
 class QuantizedLinear:
     """One linear layer's weight: a base and what was kept beside it. Absent parts are None and cost nothing."""
 
-    weight: AffineWeight | CodebookWeight
+    weight: AffineWeight | CodebookWeight | SparseAffineWeight
     outliers: OutlierColumns | None = None
     residual: SparseResidual | None = None
     bias: jax.Array | None = None  # [N]
+    activation: ActivationQuant | None = None
+    transform: Rotation | None = None
 
 
-Weight = AffineWeight | CodebookWeight | QuantizedLinear
-WEIGHT_TYPES = (AffineWeight, CodebookWeight, QuantizedLinear)
+Base = AffineWeight | CodebookWeight | SparseAffineWeight
+Weight = Base | QuantizedLinear
+WEIGHT_TYPES = (AffineWeight, CodebookWeight, SparseAffineWeight, QuantizedLinear)
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -155,11 +165,44 @@ def codebook_weight(
 def sparse_residual(mask: jax.Array, values: jax.Array, dtype: Any = jnp.float32) -> SparseResidual:
     """The entries of values [N, K] where mask [N, K] is set. Not for use under jit: their number sets the shape."""
     rows, columns = mask.shape
-    place = np.nonzero(np.asarray(mask))
-    kept = np.asarray(values)[place].astype(dtype)
-    pointer = np.concatenate([[0], np.cumsum(np.bincount(place[0], minlength=rows))]).astype(np.int32)
-    column = place[1].astype(np.uint16 if columns <= 65536 else np.int32)
-    return SparseResidual(jnp.asarray(kept), jnp.asarray(column), jnp.asarray(pointer), (rows, columns))
+    per_row = np.asarray(_count_rows(mask))
+    pointer = np.concatenate([[0], np.cumsum(per_row)]).astype(np.int32)
+    count = int(pointer[-1])
+    place, kept = _collect(mask, values.astype(dtype), _bucket(count))
+    column = (np.asarray(place)[:count] % columns).astype(np.uint16 if columns <= 65536 else np.int32)
+    return SparseResidual(
+        jnp.asarray(np.asarray(kept)[:count]), jnp.asarray(column), jnp.asarray(pointer), (rows, columns)
+    )
+
+
+@jax.jit
+def _count_rows(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, axis=1, dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
+def _collect(mask: jax.Array, values: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    (place,) = jnp.nonzero(mask.reshape(-1), size=size)
+    return place, values.reshape(-1)[place]
+
+
+def _bucket(count: int) -> int:
+    """The least of a few sizes that holds `count`: programs are compiled for sizes, and layers differ in counts."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def padded(residual: SparseResidual) -> SparseResidual:
+    """The same entries in arrays of one of a few sizes, with `rows`: what is added has row N, which scatters drop."""
+    full = with_rows(residual)
+    assert full.rows is not None
+    extra = _bucket(full.values.shape[0]) - full.values.shape[0]
+    values, columns, rows = (np.asarray(array) for array in (full.values, full.columns, full.rows))
+    return dataclasses.replace(
+        full,
+        values=jnp.asarray(np.pad(values, (0, extra))),
+        columns=jnp.asarray(np.pad(columns, (0, extra))),
+        rows=jnp.asarray(np.pad(rows, (0, extra), constant_values=residual.shape[0])),
+    )
 
 
 # --- meaning ----------------------------------------------------------------------------------------------------
@@ -183,11 +226,13 @@ def dequantize(weight: Weight) -> jax.Array:
         return spread(scales.astype(jnp.float32)) * (codes.astype(jnp.float32) - offset)
     if isinstance(weight, CodebookWeight):
         rows, columns = weight.shape
-        codes = unpack_codes(words(weight), weight.bits, columns).astype(jnp.int32)
+        codes = unpack(weight)
         table = weight.codebook if weight.layout == "stream" else weight.codebook.T
         table = jnp.broadcast_to(table.astype(jnp.float32), (rows, 2**weight.bits))
         dense = jnp.take_along_axis(table, codes, axis=1)
         return dense if weight.scales is None else dense * weight.scales.astype(jnp.float32)[:, None]
+    if isinstance(weight, SparseAffineWeight):
+        return dequantize_semistructured(weight)
     dense = dequantize(weight.weight)
     if weight.outliers is not None:
         kept = weight.outliers
@@ -198,6 +243,17 @@ def dequantize(weight: Weight) -> jax.Array:
         rest = weight.residual
         dense = dense.at[residual_rows(rest), rest.columns.astype(jnp.int32)].add(rest.values.astype(jnp.float32))
     return dense
+
+
+def unpack(weight: AffineWeight | CodebookWeight) -> jax.Array:
+    """The codes as int32 [N, K]."""
+    return unpack_codes(words(weight), weight.bits, weight.shape[1]).astype(jnp.int32)
+
+
+def entries(residual: SparseResidual) -> jax.Array:
+    """Where the residual has an entry: bool [N, K]."""
+    place = (residual_rows(residual), residual.columns.astype(jnp.int32))
+    return jnp.zeros(residual.shape, bool).at[place].set(True)
 
 
 def words(weight: AffineWeight | CodebookWeight) -> jax.Array:
@@ -225,13 +281,15 @@ def canonical(weight: Weight) -> Weight:
     if isinstance(weight, QuantizedLinear):
         rest = None if weight.residual is None else dataclasses.replace(weight.residual, rows=None)
         return dataclasses.replace(weight, weight=canonical(weight.weight), residual=rest)
-    return weight if weight.layout == "stream" else transposed(weight)
+    return weight if isinstance(weight, SparseAffineWeight) or weight.layout == "stream" else transposed(weight)
 
 
 def transposed(weight: Any) -> Any:
     """The same weight with its base in the other layout: "stream" becomes "stream_t" and back."""
     if isinstance(weight, QuantizedLinear):
         return dataclasses.replace(weight, weight=transposed(weight.weight))
+    if isinstance(weight, SparseAffineWeight):
+        return weight
     layout = "stream_t" if weight.layout == "stream" else "stream"
     if isinstance(weight, AffineWeight):
         return dataclasses.replace(weight, codes=weight.codes.T, scales=weight.scales.T, layout=layout)
@@ -270,7 +328,7 @@ def residual_rows(residual: SparseResidual) -> jax.Array:
     return jnp.repeat(rows, counts, total_repeat_length=residual.values.shape[0])
 
 
-# --- size and validity ------------------------------------------------------------------------------------------
+# --- size -------------------------------------------------------------------------------------------------------
 
 
 def size_bytes(leaf: Any) -> int:
@@ -288,61 +346,3 @@ def bits_per_weight(weight: Weight) -> float:
     rows, columns = shape_of(weight)
     bias = 0 if not isinstance(weight, QuantizedLinear) or weight.bias is None else size_bytes(weight.bias)
     return 8 * (size_bytes(weight) - bias) / (rows * columns)
-
-
-def validate(weight: Weight, path: str) -> None:
-    """Checks every array's shape and type against the static fields; ValueError names the field and the path."""
-    if isinstance(weight, QuantizedLinear):
-        validate(weight.weight, path)
-        for name, array in (
-            ("outliers.index", weight.outliers and weight.outliers.index),
-            ("residual.values", weight.residual and weight.residual.values),
-        ):
-            if array is not None and len(array.shape) != 1:
-                raise ValueError(f"{path}: {name} has shape {tuple(array.shape)}; expected one axis")
-        rows, columns = shape_of(weight)
-        if weight.outliers is not None:
-            kept = weight.outliers.index.shape[0]
-            _expect(path, "outliers.index", weight.outliers.index, (kept,), "int32")
-            _expect(path, "outliers.weight", weight.outliers.weight, (rows, kept), None)
-        if weight.residual is not None:
-            rest, count = weight.residual, weight.residual.values.shape[0]
-            if rest.shape != (rows, columns):
-                raise ValueError(f"{path}: residual.shape is {rest.shape}; expected {(rows, columns)}")
-            if rest.rows is not None:
-                raise ValueError(f"{path}: residual.rows is present; a checkpoint holds residual.row_pointer only")
-            _expect(path, "residual.values", rest.values, (count,), None)
-            _expect(path, "residual.columns", rest.columns, (count,), "uint16" if columns <= 65536 else "int32")
-            _expect(path, "residual.row_pointer", rest.row_pointer, (rows + 1,), "int32")
-        if weight.bias is not None:
-            _expect(path, "bias", weight.bias, (rows,), None)
-        return
-    rows, columns = weight.shape
-    if not 2 <= weight.bits <= 8:
-        raise ValueError(f"{path}: bits is {weight.bits}; expected 2 to 8")
-    if weight.layout != "stream":
-        raise ValueError(f"{path}: layout is {weight.layout!r}; a checkpoint holds 'stream' only")
-    _expect(path, "codes", weight.codes, (rows, num_words(columns, weight.bits)), "uint32")
-    if isinstance(weight, CodebookWeight):
-        if weight.codebook.shape[:1] not in ((1,), (rows,)):
-            raise ValueError(f"{path}: codebook has {weight.codebook.shape[:1]} rows; expected 1 or {rows}")
-        _expect(path, "codebook", weight.codebook, (weight.codebook.shape[0], 2**weight.bits), None)
-        if weight.scales is not None:
-            _expect(path, "scales", weight.scales, (rows,), None)
-        return
-    if weight.group_axis not in ("in", "out") or weight.group_size < 1:
-        raise ValueError(f"{path}: group_axis {weight.group_axis!r}, group_size {weight.group_size} make no groups")
-    along, across = (columns, rows) if weight.group_axis == "in" else (rows, columns)
-    groups = -(-along // weight.group_size)
-    _expect(path, "scales", weight.scales, (rows, groups) if weight.group_axis == "in" else (groups, columns), None)
-    if weight.zeros is not None:
-        _expect(path, "zeros", weight.zeros, (groups, num_words(across, weight.bits)), "uint32")
-
-
-def _expect(path: str, name: str, array: Any, shape: tuple[int, ...], dtype: str | None) -> None:
-    """Raises unless the array has the shape, and the type (None: any of the float types)."""
-    if tuple(array.shape) != shape:
-        raise ValueError(f"{path}: {name} has shape {tuple(array.shape)}; expected {shape}")
-    wanted = (dtype,) if dtype else ("float32", "float16", "bfloat16")
-    if str(array.dtype) not in wanted:
-        raise ValueError(f"{path}: {name} is {array.dtype}; expected {' or '.join(wanted)}")

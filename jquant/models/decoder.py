@@ -209,3 +209,20 @@ class Decoder(nnx.Module):
         """tokens [B, T] int32 -> logits [B, T, V] float32 and the memory after them (None without one)."""
         x, memory = self.hidden(tokens, positions, memory)
         return self.head(x), memory
+
+
+def untied(model: Decoder) -> Decoder:
+    """The same model with a head of its own, which starts as the embedding; a model that has one comes back as it is.
+
+    Whatever treats the two differently needs it, such as rotating the stream. The head's array is the embedding's
+    until one of them is replaced; then the model is V D values larger.
+    """
+    if model.lm_head is not None:
+        return model
+    weight = model.embed_tokens.weight.get_value()
+    head = jax.eval_shape(lambda: Linear(weight.shape[1], weight.shape[0], implementation=model.implementation))
+    other = jax.tree.map(lambda leaf: leaf, model)
+    other.config = dataclasses.replace(model.config, tie_embeddings=False)
+    # Flax takes an attribute that was None for one without arrays, unless told otherwise.
+    other.lm_head = nnx.data(jax.tree.map(lambda _: weight, head))
+    return other

@@ -21,7 +21,8 @@ from jquant.format import tree as trees
 from jquant.format.spec import QuantSpec
 from jquant.format.weights import is_quantized, size_bytes
 from jquant.quantize.calibrate import linear_paths
-from jquant.quantize.matrix import STATISTIC, check_spec
+from jquant.quantize.matrix import Recipe, check_spec
+from jquant.quantize.passes.quik import scaled_count
 
 COMPILER_BYTES = 600_000_000  # XLA on a CPU, largest while programs of thirty blocks are compiled
 HEAD_ROWS = 256  # tokens whose logits exist at once
@@ -77,18 +78,43 @@ def make_plan(model: Any, spec: QuantSpec, method: str, rules: Sequence[Rule] = 
     return plan
 
 
+def quik_rules(model: Any, spec: QuantSpec) -> list[Rule]:
+    """QUIK's policy for models with gated MLPs, as rules to put before the user's own.
+
+    down_proj reads a product of two branches, whose range is far larger: 8 bits for its weights and inputs where the
+    others have 4. Layers wider than the model keep columns in proportion (notes of the released code: times the whole
+    part of inputs / model width).
+    """
+    shapes = {path: leaf.shape for path, leaf in trees.leaves(model).items()}
+    hidden = shapes["embed_tokens.weight"][1]
+    wide = next((shapes[path][1] for path in linear_paths(model) if path.endswith(".down_proj.weight")), hidden)
+    act = spec.activation and dataclasses.replace(spec.activation, bits=max(8, spec.activation.bits))
+    count = min(scaled_count(spec.outliers, wide, hidden), wide)
+    return [Rule("*.down_proj.weight", dataclasses.replace(spec, bits=8, activation=act, outliers=count))]
+
+
 def stored_bits(spec: QuantSpec, shape: tuple[int, int]) -> float:
     """Bits that a [N, K] matrix will take, counted as `bits_per_weight` counts them; exact but for the sparse part."""
     rows, columns = shape
     words = -(-columns * spec.bits // 32) * 32 * rows
+    act = spec.activation
+    table = 0 if act is None or act.grid == "affine" else 32 * (2**act.bits + 2 * act.static)
     if spec.grid == "codebook":
         column_bits = 16 if columns <= 65536 else 32
         kept = spec.sparse / 100 * rows * columns
-        return words + 16 * rows * 2**spec.bits + (kept * (32 + column_bits) + 32 * (rows + 1) if spec.sparse else 0)
+        tables = 16 * 2**spec.bits + 16 * rows if spec.shared else 16 * rows * 2**spec.bits
+        return words + tables + table + (kept * (16 + column_bits) + 32 * (rows + 1) if spec.sparse else 0)
+    if spec.outliers:
+        count = min(spec.outliers, columns)
+        base = dataclasses.replace(spec, outliers=0)
+        return stored_bits(base, (rows, columns - count)) + count * (16 * rows + 32)
+    if spec.semistructured:
+        halves = (-(-columns // 2 * spec.bits // 32) + -(-columns // 4 * 4 // 32)) * 32 * rows
+        return halves + 16 * rows + columns * (16 if columns <= 65536 else 32)
     along, across = (columns, rows) if spec.group_axis == "in" else (rows, columns)
     groups = -(-along // (spec.group_size or along))
     zeros = 0 if spec.symmetric else groups * -(-across * spec.bits // 32) * 32
-    return words + 16 * groups * across + zeros
+    return words + 16 * groups * across + zeros + table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +132,7 @@ class Forecast:
 
 
 def forecast(
-    model: Any, plan: Plan, method: str, *, samples: int, seq_len: int, self_calibrated: bool, stored_dtype: Any
+    model: Any, plan: Plan, recipe: Recipe, *, samples: int, seq_len: int, self_calibrated: bool, stored_dtype: Any
 ) -> Forecast:
     """Prices a plan. `model` may be abstract (`jax.eval_shape`): only shapes and types are read.
 
@@ -121,30 +147,36 @@ def forecast(
     depth = max((int(path.split(".")[1]) for path in plan), default=0) + 1
     block = sum(leaves[path].size for path in plan if path.startswith("layers.0."))
     features = leaves["embed_tokens.weight"].shape[1] if "embed_tokens.weight" in leaves else 0
-    statistic = STATISTIC[method]
-    stream = 4 * samples * seq_len * features if statistic else 0
-    copies = {None: 0, "hessian": 2, "fisher": 2 * depth**0.5 + 2}[statistic]
+    forward, backward = recipe.needs_hessian(), needs_gradients(plan, recipe)
+    stream = 4 * samples * seq_len * features if forward or backward else 0
+    copies = max(2 * forward, (2 * depth**0.5 + 2) * backward)
     widest = max((max(leaves[path].shape) for path in plan), default=0)
-    statistics = {None: 0, "hessian": 4 * 4 * widest**2, "fisher": 4 * 4 * block}[statistic]
+    statistics = max(4 * 4 * widest**2 * forward, 4 * 4 * block * backward)
     # besides the parameters: the stream, one block's statistics, and one layer in float32 with its pass's copies
     work = copies * stream + statistics + 8 * 4 * max((leaves[path].size for path in plan), default=0)
-    if statistic == "fisher":
+    if backward:
         work += 6 * 4 * HEAD_ROWS * max(leaf.shape[0] for leaf in leaves.values())  # logits and their gradients
-    if self_calibrated and statistic:
+    if self_calibrated and stream:
         kv = max((leaves[path].shape[0] for path in plan if path.endswith("k_proj.weight")), default=0)
         work += 2 * 2 * 4 * min(samples, SELF_BATCH) * seq_len * kv * depth  # keys and values, and those being written
-    passes = {None: 0, "hessian": 5, "fisher": 6}[statistic]
+    passes = 5 * forward + 6 * backward
     rate = measured_flops() if passes or self_calibrated else 1.0
     seconds = passes * 2 * weights * samples * seq_len / rate
-    if self_calibrated and statistic:
+    if self_calibrated and stream:
         # each step reads the weights once for a batch of sequences
         seconds += seq_len * -(-samples // SELF_BATCH) * params / 8e9
-    if method == "squeezellm":
+    if recipe.needs_fisher():
         seconds += weights * KMEANS_SECONDS / (1 if jax.default_backend() == "cpu" else 50)
     seconds += weights * 5e-8
     bits = 8 * quantized / max(weights, 1)
     peak = process_bytes() + params + quantized + work
     return Forecast(len(plan), bits, int(quantized + dense), int(peak), seconds)
+
+
+def needs_gradients(plan: Plan, recipe: Recipe) -> bool:
+    """Whether anything of the plan needs a backward pass."""
+    tables = any(spec.activation is not None and spec.activation.grid == "codebook" for spec in plan.values())
+    return recipe.needs_fisher() or recipe.needs_saliency() or tables
 
 
 def process_bytes() -> int:

@@ -63,6 +63,22 @@ def test_quantize_eval_generate_inspect_work_in_turn(capsys, quantized, tiny_che
     assert code == 0 and "layers.0.mlp.down_proj" in out
 
 
+def test_eval_compares_with_a_reference(capsys, quantized, tiny_checkpoint, text_file) -> None:
+    words = ["--text", text_file, "--seq-len", 64, "--max-windows", 3, "--reference", tiny_checkpoint]
+    code, out, err = run(capsys, "eval", quantized, *words, "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and len(out.splitlines()) == 1
+    added = {"kl", "top1", "reference_perplexity"}
+    assert set(result) == {"perplexity", "tokens", "windows", "bits_per_weight", "seconds"} | added
+    assert 0.001 < result["kl"] < 1.0 and 0.5 < result["top1"] < 1.0
+    code, out, _ = run(capsys, "eval", tiny_checkpoint, *words, "--json")
+    same = json.loads(out.splitlines()[-1])
+    assert same["kl"] <= 1e-6 and same["top1"] == 1.0  # float32
+    assert same["perplexity"] == pytest.approx(result["reference_perplexity"], rel=1e-6)
+    code, out, _ = run(capsys, "eval", quantized, *words)
+    assert code == 0 and "KL" in out
+
+
 def test_chat_form_and_sampling_options_are_accepted(capsys, quantized) -> None:
     words = ["generate", quantized, "--prompt", "the", "--max-new-tokens", 4, "--chat"]
     code, out, _ = run(capsys, *words, "--temperature", 0.7, "--top-k", 5, "--top-p", 0.9, "--seed", 3)

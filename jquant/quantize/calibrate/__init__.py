@@ -7,11 +7,18 @@ import numpy as np
 
 from jquant.format import tree as trees
 from jquant.quantize.calibrate.batches import cut_batches as cut_batches, split_batches as split_batches
-from jquant.quantize.calibrate.blocks import BlockModel, block_prefix, embed, make_context, observe_block
-from jquant.quantize.calibrate.fisher import diagonal_fisher as diagonal_fisher, stream_fisher as stream_fisher
+from jquant.quantize.calibrate.blocks import BlockModel, block_prefix, embed, make_context, observe_inputs, run_block
+from jquant.quantize.calibrate.gradients import (
+    BlockGradients as BlockGradients,
+    Wanted as Wanted,
+    diagonal_fisher as diagonal_fisher,
+    stream_gradients as stream_gradients,
+)
+from jquant.quantize.calibrate.histogram import HistogramStats as HistogramStats
 from jquant.quantize.calibrate.statistics import (
     FisherStats as FisherStats,
     HessianStats as HessianStats,
+    RangeStats as RangeStats,
     Stats as Stats,
 )
 
@@ -28,7 +35,7 @@ def linear_paths(model: Any) -> list[str]:
 def calibrate(
     model: BlockModel,
     batches: Sequence[np.ndarray],
-    statistic: Literal["hessian", "fisher"],
+    statistic: Literal["hessian", "range", "fisher"],
     *,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Stats]:
@@ -37,21 +44,24 @@ def calibrate(
     batches: token arrays [B, T]. Statistics of two calls can be merged. `quantize` can gather its own block by block
     instead, which needs less memory and lets later layers see the errors of earlier ones.
     """
-    if statistic not in ("hessian", "fisher"):
-        raise ValueError(f"statistic is {statistic!r}; expected 'hessian' or 'fisher'")
+    if statistic not in ("hessian", "range", "fisher"):
+        raise ValueError(f"statistic is {statistic!r}; expected 'hessian', 'range' or 'fisher'")
     inside = paths_by_block(linear_paths(model))
     found: dict[str, Stats] = {}
     if statistic == "fisher":
-        for index, stats in stream_fisher(model, batches, lambda i: inside.get(i, []), progress=progress):
-            found |= {block_prefix(index) + path: stat for path, stat in stats.items()}
+        wanted = {index: Wanted(fisher=tuple(paths)) for index, paths in inside.items()}
+        for index, gradients in stream_gradients(model, batches, lambda i: wanted.get(i, Wanted()), progress=progress):
+            found |= {block_prefix(index) + path: stat for path, stat in gradients.fisher.items()}
         return found
+    kind = HessianStats if statistic == "hessian" else RangeStats
     contexts = [make_context(model, batch) for batch in batches]
     x = [embed(model, batch) for batch in batches]
     for index, block in enumerate(model.layers):
         leaves, paths = trees.leaves(block), tuple(inside.get(index, ()))
-        stats = {path: HessianStats.init(leaves[path].shape[1]) for path in paths}
+        stats: dict[str, Any] = {path: kind.init(leaves[path].shape[1]) for path in paths}
         for i, context in enumerate(contexts):
-            x[i], stats = observe_block(block, x[i], context, stats, paths=paths)
+            stats = observe_inputs(block, x[i], context, stats, paths=paths)
+            x[i] = run_block(block, x[i], context)
         found |= {block_prefix(index) + path: stat for path, stat in stats.items()}
         progress("forward pass", index + 1, len(model.layers))
     return found

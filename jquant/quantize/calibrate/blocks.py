@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from jquant.format import tree as trees
 from jquant.linear import Tap
-from jquant.quantize.calibrate.statistics import HessianStats
 
 
 class BlockModel(Protocol):
@@ -44,10 +43,18 @@ def run_tapped(block: Any, paths: Sequence[str], x: jax.Array, context: Any) -> 
     weights = trees.leaves(block)
 
     def tap(path: str) -> Tap:
-        return Tap(weights[path], lambda inputs: seen.__setitem__(path, inputs))
+        return Tap(weights[path], lambda inputs, _: seen.__setitem__(path, inputs))
 
     y, _ = trees.replace(block, {path: tap(path) for path in paths})(x, context)
     return y, seen
+
+
+def layer_output(block: Any, path: str, x: jax.Array, context: Any) -> jax.Array:
+    """The output, without bias, of the linear layer at `path` inside the block, float32. Only under a trace."""
+    seen: dict[str, jax.Array] = {}
+    tap = Tap(trees.leaves(block)[path], lambda _, outputs: seen.__setitem__(path, outputs))
+    trees.replace(block, {path: tap})(x, context)
+    return seen[path].astype(jnp.float32)
 
 
 def shared_inputs(block: Any, paths: Sequence[str], x: jax.Array, context: Any) -> list[list[str]]:
@@ -90,9 +97,27 @@ def run_block(block: Any, x: jax.Array, context: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("paths",), donate_argnames=("stats",))
-def observe_block(
-    block: Any, x: jax.Array, context: Any, stats: dict[str, HessianStats], *, paths: tuple[str, ...]
-) -> tuple[jax.Array, dict[str, HessianStats]]:
-    """The block's output, and the Hessians of the inputs of the layers at `paths` with this batch added."""
-    y, seen = run_tapped(block, paths, x, context)
-    return y, {path: stats[path].update(seen[path]) for path in paths}
+def observe_inputs(
+    block: Any,
+    x: jax.Array,
+    context: Any,
+    stats: dict[str, Any],
+    *,
+    paths: tuple[str, ...],
+    saliency: dict[str, jax.Array] | None = None,
+) -> dict[str, Any]:
+    """{path: HessianStats or RangeStats} with this batch's inputs added, tokens weighted by saliency [B, T] if given.
+
+    Only what leads to those inputs is computed: for q, k and v that is a norm.
+    """
+    _, seen = run_tapped(block, paths, x, context)
+    if saliency is None:
+        return {path: stats[path].update(seen[path]) for path in paths}
+    return {path: stats[path].update(seen[path], saliency[path]) for path in paths}
+
+
+@functools.partial(jax.jit, static_argnames=("path",))
+def output_error(reference: Any, candidate: Any, x: jax.Array, context: Any, *, path: str) -> jax.Array:
+    """Sum of squared differences of two blocks' outputs of the layer at `path`, for the same input; float32 scalar."""
+    difference = layer_output(candidate, path, x, context) - layer_output(reference, path, x, context)
+    return jnp.sum(jnp.square(difference))

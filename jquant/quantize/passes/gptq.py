@@ -87,6 +87,8 @@ def compensated_rounding(
     damping: jax.Array | float = 0.01,
     block_size: int = 128,
     start_block: Callable[[Any, jax.Array, jax.Array], Any] | None = None,
+    start_window: Callable[[Any, jax.Array, jax.Array, jax.Array], Any] | None = None,
+    window: int = 1,
     state: Any = None,
 ) -> tuple[Any, jax.Array, jax.Array]:
     """The column loop for any quantizer: (recorded, decoded W [N, K], ok), both in the original column order.
@@ -95,11 +97,13 @@ def compensated_rounding(
     stacked along a new leading axis K. Returning w itself as decoded keeps a column unquantized. order [K] int32 is
     the visiting order (default 0 .. K - 1). start_block(state, W_t [K', N], position) may replace the state before each
     block; it sees every column as compensated so far, in visiting order.
+    start_window(state, w [window, N], factor [window], position) may do so before each `window` columns inside a block;
+    it sees those columns as compensated so far and their entries of diag U. Columns past the end are zeros there.
     """
     rows, columns = W.shape
     order = jnp.arange(columns, dtype=jnp.int32) if order is None else order.astype(jnp.int32)
     U, ok = inverse_factor(H[order][:, order], damping)
-    block = min(block_size, columns)
+    block = -(-min(block_size, columns) // window) * window  # windows never straddle blocks
     blocks = -(-columns // block)
     pad = blocks * block - columns
     # Padding columns have a unit diagonal and no coupling, so whatever they decode to stays with them.
@@ -107,22 +111,31 @@ def compensated_rounding(
     visit = jnp.pad(order, (0, pad))
     Wt = jnp.pad(W.astype(jnp.float32).T[order], ((0, pad), (0, 0)))
 
+    def keep_state(state: Any, *_: jax.Array) -> Any:
+        return state
+
     def finish_block(carry: tuple[jax.Array, Any], start: jax.Array):
         Wt, state = carry
         if start_block is not None:
             state = start_block(state, Wt, start)
         U_block = jax.lax.dynamic_slice(U, (start, 0), (block, U.shape[1]))
         U_inner = jax.lax.dynamic_slice(U_block, (0, start), (block, block))
+        factor = jnp.diagonal(U_inner)
 
-        def finish_column(inner: jax.Array, i: jax.Array):
+        def finish_column(carry: tuple[jax.Array, Any], i: jax.Array):
+            inner, state = carry
+            if start_window is not None:
+                coming = (jax.lax.dynamic_slice_in_dim(a, i, window) for a in (inner, factor))
+                state = jax.lax.cond(i % window == 0, start_window, keep_state, state, *coming, start + i)
             w = inner[i]
             recorded, decoded = quantize_column(state, w, visit[start + i])
-            error = (w - decoded) / U_inner[i, i]
+            error = (w - decoded) / factor[i]
             # Row i of U is zero before i, so finished columns are untouched; column i is not read again.
-            return inner - U_inner[i][:, None] * error[None, :], (recorded, decoded, error)
+            return (inner - U_inner[i][:, None] * error[None, :], state), (recorded, decoded, error)
 
         inner = jax.lax.dynamic_slice(Wt, (start, 0), (block, rows))
-        _, (recorded, decoded, errors) = jax.lax.scan(finish_column, inner, jnp.arange(block, dtype=jnp.int32))
+        places = jnp.arange(block, dtype=jnp.int32)
+        (_, state), (recorded, decoded, errors) = jax.lax.scan(finish_column, (inner, state), places)
         Wt = Wt - jnp.matmul(U_block.T, errors, precision="highest")
         return (Wt, state), (recorded, decoded)
 
@@ -255,22 +268,32 @@ def gptq_or_rtn(
 
     For one concrete W [N, K] and H [K, K], outside jit; `options` are the others of `gptq`.
     """
-    dead = int(jnp.sum((jnp.diagonal(H) == 0).astype(jnp.int32)))
-    reason = None
-    if not bool(jnp.all(jnp.isfinite(H))):
-        reason = "the Hessian has values that are not finite"
-    elif dead == H.shape[0]:
-        reason = "the Hessian is zero: no calibration input reached this layer"
-    while reason is None:
-        result = gptq(W, H, bits, damping=jnp.float32(damping), **options)
-        if bool(result.ok):
-            return result.codes, result.grid, GPTQReport(damping, dead, None)
-        if damping * 10 > DAMPING_LIMIT * 1.001:
-            reason = f"the Hessian has no Cholesky factor even with damping {damping:g}"
-        damping = max(damping * 10, 1e-4)
+    result, report = raise_damping(lambda amount: gptq(W, H, bits, damping=amount, **options), H, damping)
+    if result is not None:
+        return result.codes, result.grid, report
     grid_options = ("group_size", "symmetric", "group_axis", "clip_search", "scale_dtype")
     codes, grid = rtn(W, bits, **{name: options[name] for name in grid_options if name in options})
-    return codes, grid, GPTQReport(None, dead, reason)
+    return codes, grid, report
+
+
+def raise_damping(attempt: Callable[[jax.Array], Any], H: jax.Array, damping: float) -> tuple[Any, GPTQReport]:
+    """(attempt(damping), report) with the first damping whose result is ok: ten times as much each time, up to 10.
+
+    (None, report with the reason) for a Hessian [K, K] that no damping makes usable. For concrete arrays.
+    """
+    dead = int(jnp.sum((jnp.diagonal(H) == 0).astype(jnp.int32)))
+    if not bool(jnp.all(jnp.isfinite(H))):
+        return None, GPTQReport(None, dead, "the Hessian has values that are not finite")
+    if dead == H.shape[0]:
+        return None, GPTQReport(None, dead, "the Hessian is zero: no calibration input reached this layer")
+    while True:
+        result = attempt(jnp.float32(damping))
+        if bool(result.ok):
+            return result, GPTQReport(damping, dead, None)
+        if damping * 10 > DAMPING_LIMIT * 1.001:
+            reason = f"the Hessian has no Cholesky factor even with damping {damping:g}"
+            return None, GPTQReport(None, dead, reason)
+        damping = max(damping * 10, 1e-4)
 
 
 def _check(W: jax.Array, H: jax.Array) -> None:

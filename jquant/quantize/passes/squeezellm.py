@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.quantize.codebook import assign_codes, codebook_lookup, fit_codebook
+from jquant.quantize.codebook import assign_codes, codebook_lookup, fit_codebook, fit_codebook_exact
 from jquant.quantize.grid import round_to_storage
 
 Matrices = Sequence[Any] | Callable[[], Iterable[Any]]
@@ -165,13 +165,19 @@ def split(W: jax.Array, fisher: jax.Array, sensitive_fraction: float = 0.0005, m
     return Split(sensitive, (jnp.abs(W) >= outlier_threshold(q1, q3, multiplier)) & ~sensitive)
 
 
-@partial(jax.jit, static_argnames=("bits", "codebook_dtype"))
+@partial(jax.jit, static_argnames=("bits", "codebook_dtype", "exact"))
 def fit(
-    W: jax.Array, fisher: jax.Array, bits: int, mask: jax.Array | None = None, codebook_dtype: Any = jnp.float32
+    W: jax.Array,
+    fisher: jax.Array,
+    bits: int,
+    mask: jax.Array | None = None,
+    codebook_dtype: Any = jnp.float32,
+    exact: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(codebook [N, 2**bits] in codebook_dtype, codes [N, K] int32) of W [N, K] less the entries of mask [N, K] bool.
 
     Codes are computed against the codebook as rounded to `codebook_dtype`, so they are nearest in what will be stored.
+    exact: tables by dynamic programming over every entry (`fit_codebook_exact`).
     A Fisher with a value that is not finite is ignored as a whole; a row whose Fisher sums to 0 is unweighted.
     """
     if mask is None:
@@ -180,7 +186,8 @@ def fit(
     # The all-zero rule is applied here, before masking: unweighted rows must not weigh what was set aside.
     weights = jnp.where(jnp.any((weights > 0) & ~mask, axis=1, keepdims=True), weights, 1.0)
     dense = jnp.where(mask, 0.0, W.astype(jnp.float32))
-    codebook, codes = fit_codebook(dense, jnp.where(mask, 0.0, weights), bits)
+    search = fit_codebook_exact if exact else fit_codebook
+    codebook, codes = search(dense, jnp.where(mask, 0.0, weights), bits)
     if codebook_dtype != jnp.float32:
         codebook = round_to_storage(codebook, codebook_dtype)
         codes = assign_codes(dense, codebook)
@@ -195,13 +202,18 @@ def residual_values(W: jax.Array, codebook: jax.Array, codes: jax.Array, mask: j
 
 def report(W: jax.Array, fisher: jax.Array, codebook: jax.Array, codes: jax.Array, mask: jax.Array) -> SqueezeLLMReport:
     """The `SqueezeLLMReport` of a finished fit; concrete arrays of the shapes above."""
-    reason = None
-    if not bool(jnp.all(jnp.isfinite(fisher))):
-        reason = "Fisher has values that are not finite; codebook is unweighted and nothing was kept as sensitive"
-    elif not bool(jnp.any(fisher > 0)):
-        reason = "Fisher is zero everywhere; codebook is unweighted and nothing was kept as sensitive"
+    reason = unusable_fisher(fisher)
     weighted, plain = _relative_errors(W, jnp.ones_like(fisher) if reason else fisher, codebook, codes, mask)
     return SqueezeLLMReport(float(weighted), float(plain), int(jnp.sum(mask.astype(jnp.int32))), reason)
+
+
+def unusable_fisher(fisher: jax.Array) -> str | None:
+    """Why a concrete Fisher [N, K] cannot weight anything, or None."""
+    if not bool(jnp.all(jnp.isfinite(fisher))):
+        return "Fisher has values that are not finite; codebook is unweighted and nothing was kept as sensitive"
+    if not bool(jnp.any(fisher > 0)):
+        return "Fisher is zero everywhere; codebook is unweighted and nothing was kept as sensitive"
+    return None
 
 
 @jax.jit

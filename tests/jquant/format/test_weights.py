@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jquant.format.validity import validate
 from jquant.format.weights import (
     OutlierColumns,
     QuantizedLinear,
@@ -24,7 +25,6 @@ from jquant.format.weights import (
     size_bytes,
     sparse_residual,
     transposed,
-    validate,
 )
 
 ROWS, COLUMNS = 6, 37  # no multiple of a group, a word or a period of the stream

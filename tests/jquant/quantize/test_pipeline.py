@@ -11,8 +11,8 @@ import jquant as jq
 from jquant.format import tree as trees
 from jquant.format.weights import QuantizedLinear, dequantize, is_quantized, residual_rows
 from jquant.linear import linear
-from jquant.quantize.calibrate import HessianStats
-from jquant.quantize.matrix import quantize_siblings
+from jquant.quantize.calibrate import FisherStats, HessianStats
+from jquant.quantize.matrix import Recipe, quantize_siblings
 from jquant.quantize.pipeline import Progress, quantize
 from jquant.quantize.plan import Rule, forecast, make_plan, stored_bits
 
@@ -58,8 +58,9 @@ def test_kept_entries_are_exact(model, squeezed) -> None:
         rows = np.asarray(residual_rows(rest))
         place = (rows, np.asarray(rest.columns).astype(int))
         W = np.asarray(originals[path])
-        # table + (w - table) in float32 differs from w by at most one rounding of each operation
-        np.testing.assert_allclose(np.asarray(dequantize(leaf))[place], W[place], rtol=0, atol=2**-22 * np.abs(W).max())
+        # values are float16, which rounds w - table by at most 2**-11 of it; the rest is float32
+        limit = 2**-11 * np.abs(np.asarray(rest.values, np.float32)).max() + 2**-22 * np.abs(W).max()
+        np.testing.assert_allclose(np.asarray(dequantize(leaf))[place], W[place], rtol=0, atol=limit)
 
 
 def test_sparse_share_is_what_was_asked_for(model, squeezed) -> None:
@@ -98,7 +99,8 @@ def test_streamed_fisher_equals_the_plain_gradient(model, sequences) -> None:
     for path in paths:
         expected = np.asarray(plain[path].finalize())
         np.testing.assert_allclose(streamed[path].finalize(), expected, rtol=1e-3, atol=1e-6 * expected.max())
-        assert float(streamed[path].count) == 3
+        stat = streamed[path]
+        assert isinstance(stat, FisherStats) and float(stat.count) == 3
 
 
 def test_hessian_statistics_merge_in_any_order(model, sequences) -> None:
@@ -117,7 +119,7 @@ def test_layers_with_one_input_are_quantized_as_if_alone(model, sequences) -> No
     leaves = trees.leaves(model)
     kernels = {name: leaves[f"layers.0.self_attn.{name}_proj.weight"] for name in "qkv"}
     hessian = jq.calibrate(model, [sequences], "hessian")["layers.0.self_attn.q_proj.weight"].finalize()
-    together = quantize_siblings(kernels, spec, hessian)
+    together = quantize_siblings(kernels, spec, Recipe("gptq"), hessian)
     for name, kernel in kernels.items():
         alone, _ = jq.quantize_array(kernel, spec, hessian)
         same = np.asarray(dequantize(together[name][0])) == np.asarray(dequantize(alone))
@@ -195,7 +197,9 @@ def test_forecast_counts_the_bits_that_come_out(model) -> None:
         packed, report = jq.quantize_array(kernel, spec)
         assert stored_bits(spec, kernel.shape) / kernel.size == pytest.approx(report.bits_per_weight), text
         plan = make_plan(model, spec, method)
-        priced = forecast(model, plan, method, samples=4, seq_len=16, self_calibrated=True, stored_dtype=jnp.float32)
+        priced = forecast(
+            model, plan, Recipe(method), samples=4, seq_len=16, self_calibrated=True, stored_dtype=jnp.float32
+        )
         assert priced.layers == 21 and priced.seconds > 0 and priced.peak_bytes > priced.output_bytes
 
 
@@ -206,7 +210,7 @@ def test_forecast_counts_the_bits_that_come_out(model) -> None:
         ("w3", "squeezellm", "w3-codebook"),
         ("w3+s1%", "rtn", "sparse"),
         ("w3+o4", "gptq", "outlier columns"),
-        ("w3", "magic", "rtn, gptq, squeezellm"),
+        ("w3", "magic", "rtn, gptq, adadim"),
         ("w3", "gptq", "needs calibration"),
     ],
 )
@@ -225,7 +229,9 @@ def test_weights_that_are_not_finite_are_named(model) -> None:
 def test_unusable_hessian_falls_back_and_says_so(model, sequences) -> None:
     stats = jq.calibrate(model, [sequences], "hessian")
     path = "layers.2.mlp.gate_proj.weight"
-    stats[path] = dataclasses.replace(stats[path], total=stats[path].total.at[0, 0].set(jnp.nan))
+    stat = stats[path]
+    assert isinstance(stat, HessianStats)
+    stats[path] = dataclasses.replace(stat, total=stat.total.at[0, 0].set(jnp.nan))
     quantized, report = quantize(model, "w4-g16", stats)
     layer = next(layer for layer in report.layers if layer.path == path)
     assert layer.method == "rtn" and "not finite" in (layer.note or "")

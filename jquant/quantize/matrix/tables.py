@@ -1,0 +1,124 @@
+"""Layers with codebooks: SqueezeLLM, KLLM and LNQ on one matrix, packed; and the tables of quantized activations."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.format.activations import ActivationQuant
+from jquant.format.spec import ActivationSpec, QuantSpec
+from jquant.format.weights import (
+    CodebookWeight,
+    QuantizedLinear,
+    codebook_weight,
+    entries,
+    padded,
+    sparse_residual,
+    unpack,
+)
+from jquant.quantize.calibrate.histogram import HistogramStats, activation_codebook
+from jquant.quantize.grid import storage_dtype
+from jquant.quantize.matrix.report import Layer, describe_layer
+from jquant.quantize.passes import kllm, lnq, squeezellm
+
+SENSITIVE_PERCENT = 0.05  # of all entries, kept for their Fisher value; the rest of `sparse` are outliers
+
+
+def squeezellm_layer(
+    path: str,
+    W: jax.Array,
+    fisher: jax.Array | None,
+    spec: QuantSpec,
+    outlier_range: float | None,
+    exact: bool = False,
+) -> Layer:
+    """A table a row weighted by the Fisher [N, K] (None: unweighted), and the sparse part that the spec asks for.
+
+    outlier_range: R of the whole model; None is that of this matrix. exact: tables by dynamic programming over every
+    entry.
+    """
+    weights = jnp.ones_like(W) if fisher is None else fisher.astype(jnp.float32)
+    if weights.shape != W.shape:
+        raise ValueError(f"{path} is {W.shape}; expected a Fisher of that shape, got {weights.shape}")
+    sensitive, outliers = sparse_shares(spec)
+    if outlier_range is None:
+        outlier_range = squeezellm.outlier_range([W], outliers)
+    parts = squeezellm.split(W, weights, sensitive, jnp.float32(outlier_range)) if spec.sparse else None
+    mask = None if parts is None else parts.mask
+    codebook, codes = squeezellm.fit(W, weights, spec.bits, mask, codebook_dtype=_half_if_it_fits(W), exact=exact)
+    unusable = None if fisher is None else squeezellm.unusable_fisher(weights)
+    quantized = _packed(W, codebook, codes, mask, spec)
+    kept = 0 if quantized.residual is None else int(quantized.residual.values.size)
+    measure = None if unusable else weights
+    return describe_layer(
+        path, spec, "squeezellm", W, quantized, fisher=measure, exact=mask, kept=kept, notes=(unusable,)
+    )
+
+
+def refine_table(start: Layer, W: jax.Array, spec: QuantSpec, hessian: jax.Array) -> Layer:
+    """LNQ from a layer of `squeezellm_layer`, for the Hessian [K, K]; entries kept sparse stay as they are."""
+    packed, report = start
+    base = packed.weight
+    assert isinstance(base, CodebookWeight)
+    codes = unpack(base)
+    mask = None if packed.residual is None else entries(padded(packed.residual))
+    dtype = base.codebook.dtype
+    result = lnq.lnq(W, hessian, base.codebook.astype(jnp.float32), codes, mask=mask, codebook_dtype=dtype)
+    notes = (report.note, None if bool(result.ok) else "not refined: the Hessian is zero or not finite")
+    quantized = _packed(W, result.codebook.astype(dtype), result.codes, mask, spec)
+    method = "lnq" if bool(result.ok) else report.method
+    return describe_layer(
+        report.path, spec, method, W, quantized, hessian=hessian, exact=mask, kept=report.kept, notes=notes
+    )
+
+
+def _packed(
+    W: jax.Array, codebook: jax.Array, codes: jax.Array, mask: jax.Array | None, spec: QuantSpec
+) -> QuantizedLinear:
+    residual = None
+    if mask is not None:
+        values = squeezellm.residual_values(W, codebook, codes, mask)
+        residual = sparse_residual(mask, values, _half_if_it_fits(values))
+    return QuantizedLinear(codebook_weight(codes, codebook, spec.bits), residual=residual)
+
+
+def kllm_layer(path: str, W: jax.Array, fisher: jax.Array | None, spec: QuantSpec, row_scale: kllm.RowScale) -> Layer:
+    """One table for the matrix and a scale a row."""
+    codebook, codes, scales = kllm.kllm(
+        W, spec.bits, fisher, table="matrix", row_scale=row_scale, codebook_dtype=_half_if_it_fits(W)
+    )
+    quantized = QuantizedLinear(codebook_weight(codes, codebook, spec.bits, scales))
+    return describe_layer(path, spec, "kllm", W, quantized, fisher=fisher)
+
+
+def activation_of(spec: ActivationSpec | None, stats: HistogramStats | None, path: str) -> ActivationQuant | None:
+    """The quantizer of a layer's inputs; a table needs their histogram."""
+    if spec is None:
+        return None
+    codebook = thresholds = None
+    if spec.grid == "codebook":
+        if stats is None:
+            raise ValueError(f"{path}: activations by a table need calibration; give text, or integer activations")
+        codebook = activation_codebook(stats, spec.bits)
+        if spec.static:
+            thresholds = stats.thresholds(spec.exact)
+    return ActivationQuant(codebook, thresholds, spec.bits, spec.symmetric, spec.mode, float(spec.exact))
+
+
+def sparse_shares(spec: QuantSpec) -> tuple[float, float]:
+    """The shares (0..1) of all entries kept for their Fisher value and for their magnitude; they add to `sparse`."""
+    sensitive = min(SENSITIVE_PERCENT, spec.sparse)
+    return sensitive / 100, (spec.sparse - sensitive) / 100
+
+
+def _half_if_it_fits(values: jax.Array) -> Any:
+    """float16 unless the range leaves its normal range. Values near 0 may be subnormal: their absolute error, 3e-8, is
+    nothing beside the spacing of a table whose largest entry is normal by a factor of 64."""
+    largest = float(jnp.max(jnp.abs(values), initial=0.0))
+    if largest == 0 or (
+        storage_dtype(np.float32(largest)) == np.float16 and largest > 64 * 6.1e-5 and math.isfinite(largest)
+    ):
+        return jnp.float16
+    return jnp.float32
