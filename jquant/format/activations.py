@@ -78,13 +78,14 @@ class Tokens(NamedTuple):
 def fake_quantize(x: jax.Array, a: ActivationQuant) -> jax.Array:
     """x_hat [M, K] float32, the specification of every product with quantized inputs: exact where kept."""
     x = x.astype(jnp.float32)
+    keep = keep_mask(x, a) if _keeps(a) else None
     if a.codebook is None:
-        value = dequantize_tokens(quantize_tokens(x, a))
+        value = dequantize_tokens(_integer_tokens(x, a, keep))
     else:
         z, scales = normalize_tokens(x)
         codebook = a.codebook.astype(jnp.float32)
         value = scales * pick_nearest(z, codebook, codebook)
-    return jnp.where(keep_mask(x, a), x, value) if _keeps(a) else value
+    return value if keep is None else jnp.where(keep, x, value)
 
 
 @jax.jit
@@ -95,29 +96,8 @@ def quantize_tokens(x: jax.Array, a: ActivationQuant) -> Tokens:
     """
     if a.codebook is not None:
         raise ValueError("activations with a codebook have no integer form; use assign_tokens or fake_quantize")
-    if not 2 <= a.bits <= 8:
-        raise ValueError(f"activations of {a.bits} bits have no int8 codes; expected 2 to 8 bits")
-    if a.mode not in ("kernel", "simulation"):
-        raise ValueError(f"activation mode is {a.mode!r}; expected 'kernel' or 'simulation'")
     x = x.astype(jnp.float32)
-    low, high, finite = _ranges(x, a)
-    half, steps = 2 ** (a.bits - 1), 2**a.bits - 1
-    offsets = None
-    if a.symmetric:
-        scales = _positive(jnp.maximum(-low, high) / (half - 1))
-        codes = jnp.clip(jnp.round(x / scales), -half, half - 1)
-    elif a.mode == "kernel":
-        scales = jnp.maximum(_spacing(low, high, steps), SMALLEST_SCALE)
-        codes = jnp.clip(jnp.round((x - low) / scales), 0, steps) - half
-        offsets = low + half * scales
-    else:
-        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-        scales = _positive(_spacing(low, high, steps))
-        zeros = jnp.clip(jnp.round(-low / scales), 0, steps)
-        codes = jnp.clip(jnp.round(x / scales) + zeros, 0, steps) - half
-        offsets = scales * (half - zeros)
-    codes = jnp.where(finite, codes, 0.0).astype(jnp.int8)
-    return Tokens(codes, _or_nan(finite, scales), None if offsets is None else _or_nan(finite, offsets))
+    return _integer_tokens(x, a, keep_mask(x, a) if _keeps(a) else None)
 
 
 def dequantize_tokens(tokens: Tokens) -> jax.Array:
@@ -236,12 +216,38 @@ def _keeps(a: ActivationQuant) -> bool:
     return a.thresholds is not None or a.outlier_percent > 0
 
 
-def _ranges(x: jax.Array, a: ActivationQuant) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _integer_tokens(x: jax.Array, a: ActivationQuant, keep: jax.Array | None) -> Tokens:
+    if not 2 <= a.bits <= 8:
+        raise ValueError(f"activations of {a.bits} bits have no int8 codes; expected 2 to 8 bits")
+    if a.mode not in ("kernel", "simulation"):
+        raise ValueError(f"activation mode is {a.mode!r}; expected 'kernel' or 'simulation'")
+    low, high, finite = _ranges(x, keep)
+    half, steps = 2 ** (a.bits - 1), 2**a.bits - 1
+    # By a divisor that it knows XLA would multiply with the rounded reciprocal.
+    divisor = jnp.where(finite, jnp.float32(half - 1 if a.symmetric else steps), 1.0)
+    offsets = None
+    if a.symmetric:
+        scales = _positive(jnp.maximum(-low, high) / divisor)
+        codes = jnp.clip(jnp.round(x / scales), -half, half - 1)
+    elif a.mode == "kernel":
+        scales = jnp.maximum(_spacing(low, high, divisor), SMALLEST_SCALE)
+        codes = jnp.clip(jnp.round((x - low) / scales), 0, steps) - half
+        offsets = low + half * scales
+    else:
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+        scales = _positive(_spacing(low, high, divisor))
+        zeros = jnp.clip(jnp.round(-low / scales), 0, steps)
+        codes = jnp.clip(jnp.round(x / scales) + zeros, 0, steps) - half
+        offsets = scales * (half - zeros)
+    codes = jnp.where(finite, codes, 0.0).astype(jnp.int8)
+    return Tokens(codes, _or_nan(finite, scales), None if offsets is None else _or_nan(finite, offsets))
+
+
+def _ranges(x: jax.Array, keep: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(least, largest, whether all of it is finite) of each token [M, 1]; of the entries that are not kept."""
     finite = jnp.all(jnp.isfinite(x), axis=1, keepdims=True)
     low = high = x
-    if _keeps(a):
-        keep = keep_mask(x, a)
+    if keep is not None:
         low, high = jnp.where(keep, jnp.inf, x), jnp.where(keep, -jnp.inf, x)
     low, high = jnp.min(low, axis=1, keepdims=True), jnp.max(high, axis=1, keepdims=True)
     # Of no entries at all, or of a token that becomes NaN anyway, any range will do.
@@ -249,7 +255,7 @@ def _ranges(x: jax.Array, a: ActivationQuant) -> tuple[jax.Array, jax.Array, jax
     return jnp.where(usable, low, 0.0), jnp.where(usable, high, 0.0), finite
 
 
-def _spacing(low: jax.Array, high: jax.Array, steps: int) -> jax.Array:
+def _spacing(low: jax.Array, high: jax.Array, steps: jax.Array) -> jax.Array:
     """(high - low) / steps, also where the difference leaves float32."""
     whole = high - low
     return jnp.where(jnp.isfinite(whole), whole / steps, high / steps - low / steps)

@@ -88,6 +88,18 @@ def storage_dtype(*values: Any) -> np.dtype:
     return np.dtype(np.float16)
 
 
+def half_if_it_fits(values: jax.Array) -> np.dtype:
+    """float16 unless the range leaves its normal range: for tables and kept weights, not for scales.
+
+    Values near 0 may be subnormal: their absolute error, 3e-8, is nothing beside a largest one that is normal by a
+    factor of 64. Needs concrete arrays.
+    """
+    largest = float(jnp.max(jnp.abs(values.astype(jnp.float32)), initial=0.0))
+    limits = jnp.finfo(jnp.float16)
+    fits = largest == 0 or 64 * float(limits.tiny) < largest <= float(limits.max)
+    return np.dtype(np.float16 if fits else np.float32)
+
+
 def round_to_storage(x: jax.Array, dtype: Any) -> jax.Array:
     """x as float32 values that `dtype` represents exactly; values beyond its range become its largest."""
     largest = float(jnp.finfo(dtype).max)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jquant.format.semistructured import pack_semistructured
 from jquant.format.spec import QuantSpec
 from jquant.format.weights import OutlierColumns, QuantizedLinear, affine_weight
-from jquant.quantize.grid import choose_scale_dtype, round_to_storage, storage_dtype
+from jquant.quantize.grid import choose_scale_dtype, half_if_it_fits, round_to_storage
 from jquant.quantize.matrix.report import Layer, describe_layer
 from jquant.quantize.passes import gptq, quik, rtn
 
@@ -87,7 +87,7 @@ def quik_layers(
         damping=DAMPING,
         sparsity=(2, 4) if spec.semistructured else None,
     )
-    dtype = storage_dtype(result.weight)
+    dtype = half_if_it_fits(result.weight)
     layers = {}
     for path, rows in _rows(kernels).items():
         codes, scales = result.codes[rows], result.scales[rows]

@@ -1,11 +1,7 @@
 """Layers with codebooks: SqueezeLLM, KLLM and LNQ on one matrix, packed; and the tables of quantized activations."""
 
-import math
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jquant.format.activations import ActivationQuant
 from jquant.format.spec import ActivationSpec, QuantSpec
@@ -19,7 +15,7 @@ from jquant.format.weights import (
     unpack,
 )
 from jquant.quantize.calibrate.histogram import HistogramStats, activation_codebook
-from jquant.quantize.grid import storage_dtype
+from jquant.quantize.grid import half_if_it_fits
 from jquant.quantize.matrix.report import Layer, describe_layer
 from jquant.quantize.passes import kllm, lnq, squeezellm
 
@@ -47,7 +43,7 @@ def squeezellm_layer(
         outlier_range = squeezellm.outlier_range([W], outliers)
     parts = squeezellm.split(W, weights, sensitive, jnp.float32(outlier_range)) if spec.sparse else None
     mask = None if parts is None else parts.mask
-    codebook, codes = squeezellm.fit(W, weights, spec.bits, mask, codebook_dtype=_half_if_it_fits(W), exact=exact)
+    codebook, codes = squeezellm.fit(W, weights, spec.bits, mask, codebook_dtype=half_if_it_fits(W), exact=exact)
     unusable = None if fisher is None else squeezellm.unusable_fisher(weights)
     quantized = _packed(W, codebook, codes, mask, spec)
     kept = 0 if quantized.residual is None else int(quantized.residual.values.size)
@@ -80,14 +76,14 @@ def _packed(
     residual = None
     if mask is not None:
         values = squeezellm.residual_values(W, codebook, codes, mask)
-        residual = sparse_residual(mask, values, _half_if_it_fits(values))
+        residual = sparse_residual(mask, values, half_if_it_fits(values))
     return QuantizedLinear(codebook_weight(codes, codebook, spec.bits), residual=residual)
 
 
 def kllm_layer(path: str, W: jax.Array, fisher: jax.Array | None, spec: QuantSpec, row_scale: kllm.RowScale) -> Layer:
     """One table for the matrix and a scale a row."""
     codebook, codes, scales = kllm.kllm(
-        W, spec.bits, fisher, table="matrix", row_scale=row_scale, codebook_dtype=_half_if_it_fits(W)
+        W, spec.bits, fisher, table="matrix", row_scale=row_scale, codebook_dtype=half_if_it_fits(W)
     )
     quantized = QuantizedLinear(codebook_weight(codes, codebook, spec.bits, scales))
     return describe_layer(path, spec, "kllm", W, quantized, fisher=fisher)
@@ -111,14 +107,3 @@ def sparse_shares(spec: QuantSpec) -> tuple[float, float]:
     """The shares (0..1) of all entries kept for their Fisher value and for their magnitude; they add to `sparse`."""
     sensitive = min(SENSITIVE_PERCENT, spec.sparse)
     return sensitive / 100, (spec.sparse - sensitive) / 100
-
-
-def _half_if_it_fits(values: jax.Array) -> Any:
-    """float16 unless the range leaves its normal range. Values near 0 may be subnormal: their absolute error, 3e-8, is
-    nothing beside the spacing of a table whose largest entry is normal by a factor of 64."""
-    largest = float(jnp.max(jnp.abs(values), initial=0.0))
-    if largest == 0 or (
-        storage_dtype(np.float32(largest)) == np.float16 and largest > 64 * 6.1e-5 and math.isfinite(largest)
-    ):
-        return jnp.float16
-    return jnp.float32

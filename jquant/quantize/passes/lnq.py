@@ -30,7 +30,7 @@ from jquant.quantize.codebook import assign_codes, codebook_lookup
 from jquant.quantize.grid import round_to_storage
 
 ONE_HOT_ENTRIES = 2**24  # of a chunk of rows [rows, K, C]: 64 MiB, and its product with H as much again
-RIDGES = (1e-7, 1e-5, 1e-3)  # of a unit diagonal; the first with a Cholesky factor is taken
+RIDGE, LEAST_PIVOT = 1e-7, 1e-6  # of a unit diagonal
 
 
 class LNQResult(NamedTuple):
@@ -224,14 +224,7 @@ def _move_entries(problem: _Problem, state: _State, dtype: Any) -> tuple[jax.Arr
         # A unit diagonal makes the ridge the same for an entry used once as for one used by half of the row.
         used = jnp.diagonal(A) > 0
         scale = jnp.where(used, jax.lax.rsqrt(jnp.where(used, jnp.diagonal(A), 1.0)), 0.0)
-        A = A * scale[:, None] * scale[None, :] + jnp.diag(1.0 - used.astype(jnp.float32))
-        found, done = jnp.zeros((entries,), jnp.float32), jnp.bool_(False)
-        for ridge in RIDGES:
-            L = jnp.linalg.cholesky(A + ridge * jnp.eye(entries, dtype=jnp.float32))
-            d = jax.scipy.linalg.cho_solve((L, True), b * scale) * scale
-            found = jnp.where(~done & jnp.all(jnp.isfinite(d)), d, found)
-            done = done | jnp.all(jnp.isfinite(d))
-        return found
+        return _solve(A * scale[:, None] * scale[None, :], b * scale) * scale
 
     codes = state.codes if problem.kept is None else jnp.where(problem.kept, -1, state.codes)
     chunk = max(1, min(rows, ONE_HOT_ENTRIES // (columns * entries)))
@@ -241,3 +234,21 @@ def _move_entries(problem: _Problem, state: _State, dtype: Any) -> tuple[jax.Arr
     order = jnp.argsort(moved, axis=1)
     rank = jnp.argsort(order, axis=1).astype(jnp.int32)
     return jnp.take_along_axis(moved, order, axis=1), jnp.take_along_axis(rank, state.codes, axis=1)
+
+
+def _solve(A: jax.Array, b: jax.Array) -> jax.Array:
+    """x [C] of A x = b for symmetric A [C, C] >= 0 of unit diagonal; 0 for variables that depend on earlier ones.
+
+    Gauss-Jordan without exchanges, which positive matrices do not need. Not LAPACK: jaxlib 0.10 blocks a thread of the
+    CPU's pool for every batched factorization in flight, and two at a time stop a machine of two cores for good.
+    """
+    size = b.shape[0]
+    place = jnp.arange(size, dtype=jnp.int32)
+
+    def eliminate(i: jax.Array, rows: jax.Array) -> jax.Array:
+        pivot = rows[i, i]
+        own = rows[i] * jnp.where(pivot > LEAST_PIVOT, 1.0 / jnp.maximum(pivot, LEAST_PIVOT), 0.0)
+        return jnp.where((place == i)[:, None], own, rows - rows[:, i, None] * own)
+
+    rows = jnp.concatenate([A + RIDGE * jnp.eye(size, dtype=jnp.float32), b[:, None]], axis=1)
+    return jax.lax.fori_loop(0, size, eliminate, rows)[:, -1]
