@@ -6,6 +6,7 @@ perplexity on a second text, and over the first --reference-windows the KL and t
 The second text is --second-text, or what the calibration file holds beyond the calibration sequences.
 
     --tokenize OUT.npz   only writes the texts' tokens, for a machine without the tokenizer: there, --tokens OUT.npz
+    --shared             statistics of the unquantized model, gathered once for all rows of a process (original inputs)
     --jobs N             N rows at a time, each in a process of its own; one that fails leaves its error behind
     --out DIR            rows/<row>.json as each row ends; quality-<name>.json of all rows found there, also put into
                          bench/results; and the compile cache of the processes
@@ -48,6 +49,7 @@ from jquant.quantize.matrix import Recipe
 from jquant.quantize.plan import Rule
 from jquant.runtime.evaluate import exp_mean
 
+ACT_EXACT = 0.5  # percent that shared histograms leave out
 # what decides the numbers, beside the texts
 COUNTS = {
     "windows": 40,
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, metavar="FILE.npz", help="instead of the texts")
     parser.add_argument("--tokenize", type=Path, metavar="OUT.npz", help="write the tokens and stop")
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="GLOB", help="labels or groups (default: all)")
+    parser.add_argument("--shared", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a directory (default: in .cache), or one row's file (.json)")
     parser.add_argument("--name", default="smollm2-135m-instruct")
@@ -135,6 +138,7 @@ class Session:
     def __init__(self, options: argparse.Namespace):
         jax.config.update("jax_default_matmul_precision", "highest")
         self.options = options
+        self.gathered: dict[Any, Any] = {}
         texts = read_texts(options)
         self.model = jq.open_model(options.model).load(jnp.float32)
         self.sequences = np.concatenate(cut_batches(texts.calibration, options.samples, options.calibration_len))
@@ -150,6 +154,16 @@ class Session:
             self.model, self.text, seq_len=options.seq_len, max_windows=options.reference_windows
         )
 
+    def statistics(self, model: Any, row: Row, recipe: Recipe) -> dict[str, Any]:
+        """What the row's method and those like it need, from one pass over the (transformed) model."""
+        gradients = recipe.needs_saliency() or recipe.needs_fisher()
+        key = (row.transforms, gradients)
+        if key not in self.gathered:
+            kinds = ("fisher", "inputs", "guided", "range") if gradients else ("hessian", "range")
+            batches = split_batches(self.sequences)
+            self.gathered[key] = jq.calibrate(model, batches, kinds, exact=ACT_EXACT)
+        return self.gathered[key]
+
     def protocol(self) -> dict[str, Any]:
         """All that the numbers depend on."""
         arrays = zip(("text", "calibration", "second_text"), (self.text, self.sequences, self.second), strict=True)
@@ -157,6 +171,8 @@ class Session:
         names = dict(zip(digests, self.names, strict=True))
         about = {**names, "tokens_sha256": digests}
         counts = {name: getattr(self.options, name) for name in COUNTS}
+        if self.options.shared:
+            counts["inputs"] = "original"
         return {"model": Path(self.options.model).name, **about, **counts, "evaluation": "float32, precision highest"}
 
     def measure(self, row: Row) -> dict[str, Any]:
@@ -172,7 +188,8 @@ class Session:
                 model = transformed(model, kind, self.sequences)
             if row.budget is not None:
                 plan = spend_bits(model, plan, recipe, split_batches(self.sequences), row.budget)
-            quantized, report = jq.quantize(model, plan, self.sequences, method=recipe)
+            data = self.statistics(model, row, recipe) if self.options.shared else self.sequences
+            quantized, report = jq.quantize(model, plan, data, method=recipe)
             jax.block_until_ready(jax.tree.leaves(quantized))
             bits = stored_bits(quantized)
             quantized = jq.prepare(quantized)
@@ -197,7 +214,7 @@ class Session:
         if len(rest) >= length:
             losses += jq.perplexity(model, rest, seq_len=length).losses
         second = None
-        if len(self.second) >= length:
+        if len(self.second) >= length and options.second_windows:
             second = jq.perplexity(model, self.second, seq_len=length, max_windows=options.second_windows)
         return {
             "perplexity": exp_mean(losses),

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from jquant.format import tree as trees
-from jquant.format.activations import ActivationQuant
 from jquant.format.spec import QuantSpec
 from jquant.quantize.calibrate import Wanted, stream_gradients
 from jquant.quantize.calibrate.blocks import block_prefix, embed, make_context, shared_inputs
 from jquant.quantize.matrix import (
+    InputQuantizer,
     Layer,
     activation_of,
     check_matrix,
@@ -36,7 +36,7 @@ class Gathered:
 
     saliency: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     starts: dict[str, Layer] = dataclasses.field(default_factory=dict)
-    activations: dict[str, ActivationQuant] = dataclasses.field(default_factory=dict)
+    activations: dict[str, InputQuantizer] = dataclasses.field(default_factory=dict)
 
 
 def backward_pass(model: Any, run: Run, batches: list[np.ndarray]) -> Gathered:
@@ -77,9 +77,8 @@ def backward_pass(model: Any, run: Run, batches: list[np.ndarray]) -> Gathered:
         gathered.saliency |= {prefix + path: array for path, array in found.saliency.items()}
         for group, _ in wants[index].inputs:
             for path in group:
-                act = activation_of(run.spec(index, path).activation, found.inputs[group[0]], prefix + path)
-                assert act is not None
-                gathered.activations[prefix + path] = act
+                act = run.spec(index, path).activation
+                gathered.activations[prefix + path] = activation_of(act, found.inputs[group[0]], prefix + path)
         if found.fisher:
             fishers = {path: stat.finalize() for path, stat in found.fisher.items()}
             results = fit_tables(model, run, index, fishers, ranges)
@@ -105,7 +104,7 @@ def fit_tables(
     return results
 
 
-def with_activations(run: Run, index: int, results: Results, tables: Mapping[str, ActivationQuant]) -> Results:
+def with_activations(run: Run, index: int, results: Results, tables: Mapping[str, InputQuantizer]) -> Results:
     """The block's layers with the input quantizers that their specs ask for."""
     done: Results = {}
     for path, layer in results.items():

@@ -21,7 +21,7 @@ import numpy as np
 from jquant.format import tree as trees
 from jquant.format.spec import QuantSpec
 from jquant.quantize.backward import Gathered, with_activations
-from jquant.quantize.calibrate import HessianStats, RangeStats, calibrate
+from jquant.quantize.calibrate import HessianStats, RangeStats, calibrate, relative_saliency
 from jquant.quantize.calibrate.blocks import (
     block_prefix,
     embed,
@@ -115,9 +115,7 @@ def _hessians(
         hessian = shared[group[0]].finalize()
         return dict.fromkeys(group, hessian)
     stats = {path: HessianStats.init(weights[path].shape[1]) for path in group}
-    # Squared gradients are tiny: in units of their mean they stay inside float32 when multiplied further.
-    saliency = {path: gathered.saliency[prefix + path] for path in group}
-    saliency = {path: s / max(float(np.mean(s)), 1e-37) for path, s in saliency.items()}
+    saliency = {path: relative_saliency(gathered.saliency[prefix + path]) for path in group}
     start = 0
     for x, context in text.pairs():
         rows = slice(start, start + x.shape[0])

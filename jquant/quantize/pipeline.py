@@ -23,10 +23,17 @@ from jquant.format.rotation import Transformed
 from jquant.format.spec import QuantSpec
 from jquant.format.weights import QuantizedLinear
 from jquant.quantize.backward import Gathered, backward_pass, outlier_ranges
-from jquant.quantize.calibrate import FisherStats, HessianStats, RangeStats, Stats, paths_by_block, split_batches
+from jquant.quantize.calibrate import (
+    FisherStats,
+    HessianStats,
+    HistogramStats,
+    RangeStats,
+    paths_by_block,
+    split_batches,
+)
 from jquant.quantize.calibrate.blocks import block_prefix
 from jquant.quantize.forward import forward_pass
-from jquant.quantize.matrix import LayerReport, Recipe, default_method, quantize_array
+from jquant.quantize.matrix import LayerReport, Recipe, default_method, quantize_array, with_activation
 from jquant.quantize.plan import Plan, make_plan, needs_gradients
 from jquant.quantize.run import Journal as Journal, Progress as Progress, Results as Results, Run
 
@@ -45,7 +52,7 @@ class Report(NamedTuple):
 def quantize(
     model: Any,
     spec: QuantSpec | str | Plan,
-    calibration: np.ndarray | Mapping[str, Stats] | None = None,
+    calibration: np.ndarray | Mapping[str, Any] | None = None,
     *,
     method: str | Recipe | None = None,
     journal: Journal | None = None,
@@ -55,7 +62,7 @@ def quantize(
 
     spec: for every linear layer, as a QuantSpec, its spelling ("w4-g128", "w3-codebook+s0.45%") or {path: QuantSpec}.
     calibration: token sequences [S, T], from which statistics are gathered block by block; or the statistics
-    themselves, from `calibrate`; None rounds to nearest (or fits codebooks without weights).
+    themselves, {path: one or a tuple of them} from `calibrate`; None rounds to nearest (or fits unweighted codebooks).
     method: a name of `jquant.quantize.matrix.METHODS`, or a Recipe with its options; None follows from spec and
     calibration.
     """
@@ -65,7 +72,8 @@ def quantize(
         spec = QuantSpec.parse(spec)
     sample = spec if isinstance(spec, QuantSpec) else next(iter(spec.values()))
     if method is None:
-        kinds = {type(stat) for stat in given.values()} if given else set()
+        stats = [stat for each in (given or {}).values() for stat in (each if isinstance(each, tuple) else (each,))]
+        kinds = {type(stat) for stat in stats}
         has_hessian = HessianStats in kinds or (given is None and calibration is not None)
         method = default_method(sample, has_hessian)
     recipe = Recipe(method) if isinstance(method, str) else method
@@ -103,7 +111,7 @@ def _block_by_block(
             spec, full = run.spec(index, path), block_prefix(index) + path
             if full in tables:
                 spec = dataclasses.replace(spec, activation=None)
-            layer, report = quantize_array(
+            layer = quantize_array(
                 weights[path],
                 spec,
                 recipe=run.recipe,
@@ -112,19 +120,20 @@ def _block_by_block(
                 **statistics(full),
             )
             if full in tables:
-                layer = dataclasses.replace(layer, activation=tables[full])
-                report = dataclasses.replace(report, spec=str(run.spec(index, path)))
-            results[path] = layer, report
+                quantized, report = with_activation(layer, tables[full])
+                layer = quantized, dataclasses.replace(report, spec=str(run.spec(index, path)))
+            results[path] = layer
         run.finish(index, results)
 
 
-def _given(stats: Mapping[str, Any], plan: Plan, recipe: Recipe) -> Callable[[str], Mapping[str, jax.Array]]:
+def _given(stats: Mapping[str, Any], plan: Plan, recipe: Recipe) -> Callable[[str], Mapping[str, Any]]:
     """Statistics gathered beforehand, as `_block_by_block` wants them; ValueError if a layer's is not there."""
-    names = {HessianStats: "hessian", FisherStats: "fisher", RangeStats: "amax"}
+    names = {HessianStats: "hessian", FisherStats: "fisher", RangeStats: "amax", HistogramStats: "inputs"}
 
-    def of(path: str) -> dict[str, jax.Array]:
+    def of(path: str) -> dict[str, Any]:
         found = stats.get(path, ())
-        return {names[type(s)]: s.finalize() for s in (found if isinstance(found, tuple | list) else (found,))}
+        each = found if isinstance(found, tuple | list) else (found,)
+        return {names[type(s)]: s if isinstance(s, HistogramStats) else s.finalize() for s in each}
 
     needed = [HessianStats] * recipe.needs_hessian() + [FisherStats] * (recipe.needs_fisher() and bool(stats))
     for path in plan:

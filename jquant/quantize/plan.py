@@ -71,11 +71,23 @@ def make_plan(model: Any, spec: QuantSpec, method: str, rules: Sequence[Rule] = 
                 chosen = rule.spec
         if chosen is not None:
             check_spec(chosen, method)
+            _check_columns(chosen, path, leaves[path].shape[1])
             plan[path] = chosen
     for rule in rules:
         if not any(fnmatch.fnmatchcase(path, rule.pattern) for path in paths):
             raise ValueError(f"rule {rule.pattern!r} matches no layer; layers look like {paths[0]}")
     return plan
+
+
+def _check_columns(spec: QuantSpec, path: str, columns: int) -> None:
+    """ValueError, before anything is computed, for what the layer's K input columns do not allow."""
+    if spec.outliers > columns:
+        raise ValueError(f"{path} has {columns} inputs, spec {spec} keeps {spec.outliers} of them; keep fewer")
+    if spec.semistructured and (columns - spec.outliers) % 4:
+        raise ValueError(
+            f"{path} has {columns} inputs less {spec.outliers} kept ones, which are no groups of four; "
+            f"spec {spec} needs a number of kept columns that leaves a multiple of 4"
+        )
 
 
 def quik_rules(model: Any, spec: QuantSpec) -> list[Rule]:

@@ -112,6 +112,12 @@ def stream_gradients(
             yield index, BlockGradients(fisher, joined, histograms)
 
 
+def relative_saliency(saliency: np.ndarray) -> np.ndarray:
+    """Saliency in units of its mean: squared gradients are tiny, and multiplied further they would leave float32."""
+    finite = np.where(np.isfinite(saliency), saliency, 0.0)
+    return (finite / max(float(np.mean(finite, dtype=np.float64)), 1e-37)).astype(np.float32)
+
+
 _BlockStats = tuple[dict[str, FisherStats], dict[str, HistogramStats]]
 
 

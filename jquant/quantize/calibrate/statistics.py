@@ -95,4 +95,4 @@ class FisherStats:
         return self.total / jnp.maximum(self.count, 1)
 
 
-Stats = HessianStats | RangeStats | FisherStats
+InputStats = HessianStats | RangeStats

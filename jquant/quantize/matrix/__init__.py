@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.format.activations import ActivationQuant
 from jquant.format.spec import QuantSpec
+from jquant.format.weights import bits_per_weight, size_bytes
 from jquant.quantize.calibrate.histogram import HistogramStats
 from jquant.quantize.matrix.affine import Matrices, gptq_layers, quik_layers, rounded_layers
 from jquant.quantize.matrix.report import Layer as Layer, LayerReport as LayerReport
 from jquant.quantize.matrix.tables import (
+    InputQuantizer as InputQuantizer,
     activation_of as activation_of,
     kllm_layer,
     refine_table as refine_table,
@@ -167,7 +168,7 @@ def quantize_siblings(
     """Affine layers that multiply one and the same input: {path: W [N_i, K]} with their common statistics."""
     kernels = {path: W.astype(jnp.float32) for path, W in kernels.items()}
     if recipe.method in ("rtn", "adadim-rtn"):
-        return rounded_layers(kernels, spec, recipe.clip_search)
+        return rounded_layers(kernels, spec, recipe.clip_search, hessian)
     if hessian is None:
         paths = ", ".join(kernels)
         raise ValueError(
@@ -200,9 +201,18 @@ def both_axes(spec: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
     return spec, dataclasses.replace(spec, group_axis="out")
 
 
-def with_activation(layer: Layer, activation: ActivationQuant | None) -> Layer:
+def with_activation(layer: Layer, inputs: InputQuantizer) -> Layer:
     """The layer with quantized inputs; its stored size counts the table."""
-    return dataclasses.replace(layer[0], activation=activation), layer[1]
+    if inputs.activation is None:
+        return layer
+    quantized, report = dataclasses.replace(layer[0], activation=inputs.activation), layer[1]
+    report = dataclasses.replace(
+        report,
+        bits_per_weight=bits_per_weight(quantized),
+        size_bytes=size_bytes(quantized),
+        note="; ".join(note for note in (report.note, inputs.note) if note) or None,
+    )
+    return quantized, report
 
 
 def check_matrix(kernel: jax.Array | np.ndarray, path: str) -> jax.Array:

@@ -24,13 +24,15 @@ DAMPING = 0.01
 Matrices = Mapping[str, jax.Array]  # {path: W [N, K] float32}
 
 
-def rounded_layers(kernels: Matrices, spec: QuantSpec, clip_search: bool = False) -> dict[str, Layer]:
-    """Round to nearest, each matrix by itself."""
+def rounded_layers(
+    kernels: Matrices, spec: QuantSpec, clip_search: bool = False, hessian: jax.Array | None = None
+) -> dict[str, Layer]:
+    """Round to nearest, each matrix by itself; a Hessian [K, K] only measures the error."""
     layers = {}
     for path, W in kernels.items():
         codes, grid = rtn.rtn(W, **_grid(spec), clip_search=clip_search, scale_dtype=_scale_dtype(W, spec))
         weight = affine_weight(codes, grid.scales, grid.zeros, spec.bits, spec.group_size, spec.group_axis)
-        layers[path] = describe_layer(path, spec, "rtn", W, QuantizedLinear(weight))
+        layers[path] = describe_layer(path, spec, "rtn", W, QuantizedLinear(weight), hessian=hessian)
     return layers
 
 

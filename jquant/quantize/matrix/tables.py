@@ -1,5 +1,7 @@
 """Layers with codebooks: SqueezeLLM, KLLM and LNQ on one matrix, packed; and the tables of quantized activations."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -14,8 +16,8 @@ from jquant.format.weights import (
     sparse_residual,
     unpack,
 )
-from jquant.quantize.calibrate.histogram import HistogramStats, activation_codebook
-from jquant.quantize.grid import half_if_it_fits
+from jquant.quantize.calibrate.histogram import HistogramStats, activation_codebook, unusable_histogram
+from jquant.quantize.grid import half_if_it_fits, storage_dtype
 from jquant.quantize.matrix.report import Layer, describe_layer
 from jquant.quantize.passes import kllm, lnq, squeezellm
 
@@ -82,25 +84,42 @@ def _packed(
 
 def kllm_layer(path: str, W: jax.Array, fisher: jax.Array | None, spec: QuantSpec, row_scale: kllm.RowScale) -> Layer:
     """One table for the matrix and a scale a row."""
+    rms = jnp.sqrt(jnp.mean(jnp.square(W), axis=1))
     codebook, codes, scales = kllm.kllm(
-        W, spec.bits, fisher, table="matrix", row_scale=row_scale, codebook_dtype=half_if_it_fits(W)
+        W,
+        spec.bits,
+        fisher,
+        table="matrix",
+        row_scale=row_scale,
+        codebook_dtype=jnp.float16,  # in units of the rows' scales
+        scale_dtype=storage_dtype(rms),
     )
+    unusable = kllm.unusable_fisher(fisher)
     quantized = QuantizedLinear(codebook_weight(codes, codebook, spec.bits, scales))
-    return describe_layer(path, spec, "kllm", W, quantized, fisher=fisher)
+    measure = None if unusable else fisher
+    return describe_layer(path, spec, "kllm", W, quantized, fisher=measure, notes=(unusable,))
 
 
-def activation_of(spec: ActivationSpec | None, stats: HistogramStats | None, path: str) -> ActivationQuant | None:
+class InputQuantizer(NamedTuple):
+    """How a layer's inputs are quantized, if at all, and what went wrong in finding out."""
+
+    activation: ActivationQuant | None
+    note: str | None = None
+
+
+def activation_of(spec: ActivationSpec | None, stats: HistogramStats | None, path: str) -> InputQuantizer:
     """The quantizer of a layer's inputs; a table needs their histogram."""
     if spec is None:
-        return None
-    codebook = thresholds = None
+        return InputQuantizer(None)
+    codebook = thresholds = note = None
     if spec.grid == "codebook":
         if stats is None:
             raise ValueError(f"{path}: activations by a table need calibration; give text, or integer activations")
-        codebook = activation_codebook(stats, spec.bits)
+        codebook, note = activation_codebook(stats, spec.bits), unusable_histogram(stats)
         if spec.static:
             thresholds = stats.thresholds(spec.exact)
-    return ActivationQuant(codebook, thresholds, spec.bits, spec.symmetric, spec.mode, float(spec.exact))
+    act = ActivationQuant(codebook, thresholds, spec.bits, spec.symmetric, spec.mode, float(spec.exact))
+    return InputQuantizer(act, note)
 
 
 def sparse_shares(spec: QuantSpec) -> tuple[float, float]:

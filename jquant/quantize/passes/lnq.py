@@ -3,7 +3,7 @@
     minimise  (w - c[q])^T H (w - c[q])  per row over its table c and codes q,   W [N, K], H [K, K], c [N, C], q [N, K]
 
 H is X^T X / count, or that sum weighted by the loss's sensitivity to each output (GuidedQuant); both and this method:
-arXiv 2505.07004. A start comes from elsewhere, usually `squeezellm.fit`, and two steps alternate, C P C P C for 2 rounds:
+arXiv 2505.07004. From a start that usually `squeezellm.fit` makes, two steps alternate, C P C P C for 2 rounds:
 
     C   the best table for given codes: with P [K, C] the one-hot codes of a row, (P^T H P) d = -P^T H e, c += d
     P   the best code for one column at a time, others held, `sweeps` times over: nearest entry to q_i - (H e)_i / H_ii
@@ -16,6 +16,8 @@ that raised a row's objective anyway is dropped for that row, so no row ever end
   depend on the block size up to rounding. Arrays are transposed inside, [K, N], so that a column is contiguous.
 - P^T H P is a product with one-hot matrices: 2 N C K**2 operations in all, in chunks of rows that bound the memory.
 - Solving for the shift d, not for c, keeps an unused entry where it is and puts the ridge on the shift.
+- H comes from few tokens, and its off-diagonal entries are what they tell least about. They are divided by 1 + damping:
+  H + damping diag(H) in units that keep the diagonal. Much damping makes it SqueezeLLM's objective; 0 is the paper's.
 - Entries of `mask` are kept exactly elsewhere: no error, no pull on the table, codes returned as given.
 - A column never used in calibration (H_ii = 0) pulls on nothing and gets its nearest entry in the end.
 """
@@ -81,15 +83,14 @@ def lnq(
     rounds: jax.Array | int = 2,
     sweeps: jax.Array | int = 4,
     mask: jax.Array | None = None,
-    damping: jax.Array | float = 0.0,
+    damping: jax.Array | float = 0.1,
     codebook_dtype: Any = jnp.float32,
     block_size: int = 128,
 ) -> LNQResult:
-    """LNQ of W [N, K] for H [K, K] from codebook [N, C] and codes [N, K]; mask [N, K] bool marks entries kept elsewhere.
+    """LNQ of W [N, K] for H [K, K] from codebook [N, C] and codes [N, K]; mask [N, K] bool: entries kept elsewhere.
 
-    rounds=0 is a single C-step. Damping adds damping * mean(diag H) to the diagonal of H. Tables are rounded to
-    `codebook_dtype` after every C-step, so codes are chosen against what will be stored. Raises ValueError for shapes
-    that disagree.
+    rounds=0 is a single C-step; damping is at least 0. Tables are rounded to `codebook_dtype` after every C-step, so
+    codes are chosen against what will be stored. Raises ValueError for shapes that disagree.
     """
     _check(W, H, codebook, codes, mask)
     W, codes = W.astype(jnp.float32), codes.astype(jnp.int32)
@@ -147,8 +148,8 @@ def _in_units(H: jax.Array, damping: jax.Array | float) -> tuple[jax.Array, jax.
     scaled = H / unit
     ok = jnp.all(jnp.isfinite(scaled)) & jnp.all(diagonal >= 0)
     scaled = jnp.where(ok & live[:, None] & live[None, :], scaled, 0.0)
-    scaled = 0.5 * (scaled + scaled.T) + damping * jnp.eye(H.shape[0], dtype=jnp.float32)
-    return scaled, jnp.diagonal(scaled) <= 0, jnp.where(ok, unit, 1.0), ok
+    scaled = 0.5 * (scaled + scaled.T) / (1 + damping * (1 - jnp.eye(H.shape[0], dtype=jnp.float32)))
+    return scaled, ~live, jnp.where(ok, unit, 1.0), ok
 
 
 def _better(new: _State, old: _State) -> _State:

@@ -138,7 +138,7 @@ def test_slopes_are_recovered_from_noisy_losses():
     assert exact.reason is None
     noisy = slopes_from_losses(t2, 2.0 + true[:, None] * t2 + 1e-4 * rng.normal(size=(40, 3)), 2.0)
     # the scatter of a fit through the origin: sigma / |t2|
-    np.testing.assert_allclose(noisy.values, true, atol=4 * 1e-4 / np.linalg.norm(t2))
+    np.testing.assert_allclose(noisy.values, true, atol=4 * 1e-4 / float(np.linalg.norm(t2)))
 
 
 def test_useless_losses_get_a_defined_slope_and_a_reason():

@@ -57,13 +57,13 @@ def test_codes_nest_and_tables_ascend_around_their_parents():
 
 
 def test_every_split_is_the_best_one():
-    W, f = rows(seed=1)
+    W, f = rows(seed=1, n=3)
     nested = nest(W, f, *fit_codebook(W, f, 2), 6)
     for b in range(2, 6):
         codes, child = np.asarray(at_bits(nested, b)[1]), np.asarray(at_bits(nested, b + 1)[0])
         got = objective(W, f, *at_bits(nested, b + 1))
-        wanted = np.zeros(N)
-        for n in range(N):
+        wanted = np.zeros(3)
+        for n in range(3):
             for c in np.unique(codes[n]):
                 mine = codes[n] == c
                 if len(np.unique(W[n][mine])) < 2:
