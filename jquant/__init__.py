@@ -1,6 +1,12 @@
 """jquant: quantize any Hugging Face causal language model to 2-8 bits in JAX, and run it under jit."""
 
-from jquant.api import load as load, load_tokenizer as load_tokenizer, open_model as open_model, save as save
+from jquant.api import (
+    load as load,
+    load_tokenizer as load_tokenizer,
+    open_model as open_model,
+    save as save,
+    transformed as transformed,
+)
 from jquant.format.spec import QuantSpec as QuantSpec
 from jquant.format.tree import leaves as leaves, replace as replace, select as select
 from jquant.format.weights import (
@@ -19,6 +25,7 @@ from jquant.quantize.calibrate import (
     calibrate as calibrate,
     cut_batches as cut_batches,
     diagonal_fisher as diagonal_fisher,
+    split_batches as split_batches,
 )
 from jquant.quantize.matrix import quantize_array as quantize_array
 from jquant.quantize.pipeline import quantize as quantize
