@@ -31,11 +31,11 @@ def quality() -> str:
     protocol, rows = data["protocol"], data["rows"]
     own = next(row for row in rows if row["method"] is None)
     about = (
-        f"SmolLM2-135M-Instruct; calibration: {protocol['samples']} x {protocol['calibration_len']} tokens of C4; windows "
-        f"of {protocol['seq_len']} tokens of WikiText-2 ({protocol['windows']}, and the first "
+        f"SmolLM2-135M-Instruct; calibration: {protocol['samples']} x {protocol['calibration_len']} tokens of C4; "
+        f"windows of {protocol['seq_len']} tokens of WikiText-2 ({protocol['windows']}, and the first "
         f"{protocol['reference_windows']}, for which the last column has what the authors' own code gave on the same "
-        "work) and of other C4 text. KL in nats and top-1 agreement are with the unquantized model. The source is a GGUF "
-        "file with 4-bit linears (Q4_1), so compare within these tables only."
+        "work) and of other C4 text. KL in nats and top-1 agreement are with the unquantized model. The source is a "
+        "GGUF file with 4-bit linears (Q4_1), so compare within these tables only."
     )
     tables = []
     for group, title in GROUPS.items():

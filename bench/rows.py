@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jquant.quantize.passes.transforms import Kind
+
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -23,7 +25,7 @@ class Row(NamedTuple):
     method: str | None
     spec: str | None
     options: Mapping[str, Any] = NONE
-    transforms: tuple[str, ...] = ()
+    transforms: tuple[Kind, ...] = ()
     rules: tuple[str, ...] = ()
     budget: float | None = None
     reference: tuple[float, float] | None = None

@@ -21,6 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jquant.format import checkpoint, tree as trees
+from jquant.format.nested import narrow
 from jquant.format.weights import canonical, is_quantized, shape_of
 from jquant.linear import Implementation, platform, prepare
 from jquant.models import Decoder, ModelConfig
@@ -99,13 +100,22 @@ def open_model(source: str | Path) -> Opened:
     return open_source(source)
 
 
-def load(source: str | Path, dtype: DTypeLike | None = None, implementation: Implementation = None) -> Decoder:
+def load(
+    source: str | Path,
+    dtype: DTypeLike | None = None,
+    implementation: Implementation = None,
+    *,
+    bits: int | None = None,
+) -> Decoder:
     """The model at `source` as a Flax NNX module, quantized or not, ready to run.
+
+    bits: the width to read nested codebooks at; None is their widest.
 
     dtype: type of the parameters and the arithmetic; None is the stored type, but float32 on a CPU, where half
     precision is only slower. implementation: see `jquant.linear`.
     """
-    return open_model(source).load(run_dtype(dtype), implementation)
+    model = open_model(source).load(run_dtype(dtype), implementation)
+    return model if bits is None else prepare(narrow(model, bits))
 
 
 def load_tokenizer(source: str | Path) -> Any:

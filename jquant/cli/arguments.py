@@ -135,6 +135,12 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     )
     tables.add_argument("--exact", action="store_true", help="tables by dynamic programming over every entry (slower)")
     tables.add_argument(
+        "--nested-from",
+        type=_within(2, 7),
+        metavar="B",
+        help="squeezellm: one file for every width from B to --bits, which eval and generate choose by --bits",
+    )
+    tables.add_argument(
         "--table",
         choices=("row", "matrix"),
         default="row",
@@ -242,6 +248,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bits", type=_within(2, 8), metavar="B", help="the width to read nested codebooks at")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type of the arithmetic (default: as stored, but float32 on a CPU)"
     )

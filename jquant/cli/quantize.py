@@ -138,6 +138,7 @@ def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
         ("--semistructured", options.semistructured, quik),
         ("--sparse", options.sparse is not None, tables and options.table == "row"),
         ("--exact", options.exact, tables),
+        ("--nested-from", options.nested_from is not None, method == "squeezellm" and not options.sparse),
         ("--table", options.table != "row", method == "kllm"),
         ("--act-exact", options.act_exact is not None, tables),
         ("--act-static", options.act_static, tables),
@@ -154,9 +155,17 @@ def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
     elif act_bits:
         activation = ActivationSpec(act_bits)
     if tables:
-        sparse = (SPARSE if method != "kllm" else 0.0) if options.sparse is None else options.sparse
+        dense = method == "kllm" or options.nested_from is not None
+        sparse = (0.0 if dense else SPARSE) if options.sparse is None else options.sparse
         shared = options.table == "matrix"
-        return QuantSpec(options.bits, "codebook", sparse=sparse, shared=shared, activation=activation)
+        return QuantSpec(
+            options.bits,
+            "codebook",
+            sparse=sparse,
+            shared=shared,
+            nested_from=options.nested_from,
+            activation=activation,
+        )
     if quik:
         outliers = hidden // 16 if options.outliers is None else options.outliers
         return QuantSpec(

@@ -6,13 +6,20 @@ from typing import Any
 from jquant.api import Opened, load_text, open_model, run_dtype
 from jquant.cli import show
 from jquant.format import tree as trees
+from jquant.format.nested import narrow
 from jquant.format.weights import is_quantized, shape_of, size_bytes
-from jquant.linear import explain
+from jquant.linear import explain, prepare
 from jquant.models import Decoder
 from jquant.quantize.calibrate import linear_paths
 from jquant.runtime.evaluate import Comparison, Perplexity, ReferenceStates, compare, perplexity, reference_states
 from jquant.runtime.generate import Generation, generate
 from jquant.runtime.sampling import Sampling
+
+
+def _loaded(source: Opened, options: argparse.Namespace) -> Decoder:
+    """The model in the type, and nested codebooks at the width, that the options name."""
+    model = source.load(run_dtype(options.dtype))
+    return model if options.bits is None else prepare(narrow(model, options.bits))
 
 
 def eval_command(options: argparse.Namespace) -> None:
@@ -22,7 +29,7 @@ def eval_command(options: argparse.Namespace) -> None:
     tokens = encode(source.tokenizer(), text)
     # The reference goes first and leaves its last states behind: the two models are never in memory together.
     states = None if options.reference is None else run_reference(options, source, tokens)
-    model = source.load(run_dtype(options.dtype))
+    model = _loaded(source, options)
     outcome = evaluate(model, tokens, options.seq_len, options.max_windows, states)
     data = {
         "perplexity": outcome.perplexity,
@@ -50,7 +57,7 @@ def generate_command(options: argparse.Namespace) -> None:
     source = open_model(options.source)
     tokenizer = source.tokenizer()
     prompts = [encode_prompt(tokenizer, text, options.chat) for text in options.prompt]
-    model = source.load(run_dtype(options.dtype))
+    model = _loaded(source, options)
     if options.explain:
         show.note(explain(model, len(prompts)))
     outcome = generate(

@@ -7,6 +7,7 @@
     w4-sym-2:4         two of every four inputs are zero and not stored
     w3-codebook        a table of 2**3 entries a row
     w4-codebook-shared one table for the matrix, a scale a row
+    w8-codebook-nested3 readable at every width from 3 to 8 bits (Any-Precision)
     w3-codebook+s0.45% the same, and 0.45 % of the entries kept sparse
     w4-sym+o256        256 whole input columns kept
 
@@ -29,7 +30,7 @@ GroupAxis = Literal["in", "out"]
 ActivationMode = Literal["kernel", "simulation"]
 
 _GRAMMAR = (
-    "wBITS[aBITS][-gSIZE][-sym][-out][-2:4][-codebook][-shared][-actsym][-actsim][-actcodebook]"
+    "wBITS[aBITS][-gSIZE][-sym][-out][-2:4][-codebook][-shared][-nestedBITS][-actsym][-actsim][-actcodebook]"
     "[+sPERCENT%][+oCOUNT][+kPERCENT%][+tPERCENT%], for example w4-g128, w3-codebook+s0.45% or w4a8"
 )
 
@@ -72,6 +73,7 @@ class QuantSpec:
     symmetric: no zero points, the grid is centred.
     shared: one table for the matrix and a scale a row, instead of a table a row.
     semistructured: 2:4, two of every four inputs are zero.
+    nested_from: the table's narrowest width, all from there to `bits` can be read; None is `bits` alone.
     sparse: percent of the entries kept exactly in a SparseResidual.
     outliers: number of input columns kept exactly in OutlierColumns.
     activation: None leaves the inputs as they are.
@@ -84,6 +86,7 @@ class QuantSpec:
     symmetric: bool = False
     shared: bool = False
     semistructured: bool = False
+    nested_from: int | None = None
     sparse: float = 0.0
     outliers: int = 0
     activation: ActivationSpec | None = None
@@ -105,6 +108,15 @@ class QuantSpec:
             ):
                 if given != wanted:
                     raise ValueError(f"a codebook has no {name}: its table spans a whole row; leave out {name}={given}")
+            if self.nested_from is not None:
+                _check_bits(self.nested_from, "the narrowest width of nested tables")
+                if self.nested_from >= self.bits or self.shared or self.sparse:
+                    raise ValueError(
+                        f"tables nested from {self.nested_from} to {self.bits} bits need a table a row, a narrowest "
+                        "width below the widest, and no sparse part (its values would fit one width only)"
+                    )
+        elif self.nested_from is not None:
+            raise ValueError("only codebooks are nested; write w8-codebook-nested3")
         elif self.shared:
             raise ValueError("only a codebook is shared by the rows of a matrix; write -codebook-shared")
         if self.semistructured and (not self.symmetric or self.group_size is not None or self.group_axis == "out"):
@@ -118,7 +130,7 @@ class QuantSpec:
         if self.group_size is not None:
             parts.append(f"g{self.group_size}")
         flags = [(self.symmetric, "sym"), (self.group_axis == "out", "out"), (self.semistructured, "2:4")]
-        flags.append((self.shared, "shared"))
+        flags += [(self.shared, "shared"), (self.nested_from is not None, f"nested{self.nested_from}")]
         if act is not None:
             flags += [(act.symmetric, "actsym"), (act.mode == "simulation", "actsim")]
             flags.append((act.grid == "codebook", "actcodebook"))
@@ -144,6 +156,8 @@ class QuantSpec:
         for part in parts:
             if size := re.fullmatch(r"g(\d+)", part):
                 _put(values, "group_size", int(size[1]), text)
+            elif size := re.fullmatch(r"nested(\d+)", part):
+                _put(values, "nested_from", int(size[1]), text)
             elif part in _WEIGHT_PARTS:
                 key, value = _WEIGHT_PARTS[part]
                 _put(values, key, value, text)

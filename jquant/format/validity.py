@@ -53,6 +53,12 @@ def validate(weight: Weight, path: str) -> None:
         _expect(path, "codebook", weight.codebook, (weight.codebook.shape[0], 2**weight.bits), None)
         if weight.scales is not None:
             _expect(path, "scales", weight.scales, (rows,), None)
+        if weight.nested is not None:
+            allowed = [2**weight.bits - 2**narrowest for narrowest in range(2, weight.bits)]
+            count = weight.nested.shape[-1]
+            if count not in allowed:
+                raise ValueError(f"{path}: nested has {count} entries a row; expected one of {allowed}")
+            _expect(path, "nested", weight.nested, (rows, count), None)
         return
     if weight.group_axis not in ("in", "out") or weight.group_size < 1:
         raise ValueError(f"{path}: group_axis {weight.group_axis!r}, group_size {weight.group_size} make no groups")

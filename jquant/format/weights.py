@@ -72,7 +72,10 @@ class AffineWeight:
 @_pytree("bits", "shape", "layout")
 @dataclasses.dataclass(frozen=True)
 class CodebookWeight:
-    """Codes into a table a row, [N, 2**bits], or one table for the matrix, [1, 2**bits], times a scale a row."""
+    """Codes into a table a row, [N, 2**bits], or one table for the matrix, [1, 2**bits], times a scale a row.
+
+    nested holds narrower tables side by side, narrowest first, see `jquant.format.nested`.
+    """
 
     codes: jax.Array
     codebook: jax.Array
@@ -80,6 +83,7 @@ class CodebookWeight:
     bits: int  # §
     shape: tuple[int, int]  # §
     layout: str = "stream"  # §
+    nested: jax.Array | None = None  # [N, 2**bits - 2**narrowest]
 
 
 @_pytree()

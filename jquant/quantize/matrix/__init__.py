@@ -88,6 +88,8 @@ def check_spec(spec: QuantSpec, method: str) -> None:
         )
     if spec.shared and method != "kllm":
         raise ValueError(f"method {method} fits a table a row; -shared goes with kllm")
+    if spec.nested_from is not None and method != "squeezellm":
+        raise ValueError(f"method {method} fits one width; -nested{spec.nested_from} goes with squeezellm")
     if spec.sparse and (method not in TABLES or spec.shared):
         raise ValueError(f"method {method} keeps no sparse entries; leave out +s{spec.sparse:g}% or use squeezellm")
     if method != "quik":

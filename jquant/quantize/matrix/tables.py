@@ -1,5 +1,6 @@
 """Layers with codebooks: SqueezeLLM, KLLM and LNQ on one matrix, packed; and the tables of quantized activations."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jquant.format.weights import (
 from jquant.quantize.calibrate.histogram import HistogramStats, activation_codebook, unusable_histogram
 from jquant.quantize.grid import half_if_it_fits, storage_dtype
 from jquant.quantize.matrix.report import Layer, describe_layer
-from jquant.quantize.passes import kllm, lnq, squeezellm
+from jquant.quantize.passes import kllm, lnq, nested, squeezellm
 
 SENSITIVE_PERCENT = 0.05  # of all entries, kept for their Fisher value; the rest of `sparse` are outliers
 
@@ -45,9 +46,17 @@ def squeezellm_layer(
         outlier_range = squeezellm.outlier_range([W], outliers)
     parts = squeezellm.split(W, weights, sensitive, jnp.float32(outlier_range)) if spec.sparse else None
     mask = None if parts is None else parts.mask
-    codebook, codes = squeezellm.fit(W, weights, spec.bits, mask, codebook_dtype=half_if_it_fits(W), exact=exact)
+    dtype = half_if_it_fits(W)
+    seed_bits = spec.nested_from or spec.bits
+    codebook, codes = squeezellm.fit(W, weights, seed_bits, mask, codebook_dtype=dtype, exact=exact)
     unusable = None if fisher is None else squeezellm.unusable_fisher(weights)
-    quantized = _packed(W, codebook, codes, mask, spec)
+    if spec.nested_from is None:
+        quantized = _packed(W, codebook, codes, mask, spec)
+    else:
+        nest = nested.nest(W, jnp.ones_like(W) if unusable else weights, codebook, codes, spec.bits, dtype)
+        narrower = jnp.concatenate([nest.codebooks[b] for b in range(seed_bits, spec.bits)], axis=1)
+        base = codebook_weight(nest.codes, nest.codebooks[spec.bits].astype(dtype), spec.bits)
+        quantized = QuantizedLinear(dataclasses.replace(base, nested=narrower.astype(dtype)))
     kept = 0 if quantized.residual is None else int(quantized.residual.values.size)
     measure = None if unusable else weights
     return describe_layer(

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from jquant.format.spec import QuantSpec
+from jquant.format.spec import ActivationSpec, QuantSpec
 
 SPELLINGS = {
     "w4-g128": QuantSpec(4, group_size=128),
@@ -15,6 +15,16 @@ SPELLINGS = {
     "w3-codebook+s0.45%": QuantSpec(3, "codebook", sparse=0.45),
     "w4-sym+o256": QuantSpec(4, symmetric=True, outliers=256),
     "w8-g32+s1%+o8": QuantSpec(8, group_size=32, sparse=1.0, outliers=8),
+    "w4a8": QuantSpec(4, activation=ActivationSpec(8)),
+    "w4a4-sym-actsim+o32": QuantSpec(4, symmetric=True, outliers=32, activation=ActivationSpec(4, mode="simulation")),
+    "w4a3-codebook-shared-actcodebook+k0.5%": QuantSpec(
+        4, "codebook", shared=True, activation=ActivationSpec(3, "codebook", exact=0.5)
+    ),
+    "w4a4-codebook-actcodebook+t0.5%": QuantSpec(
+        4, "codebook", activation=ActivationSpec(4, "codebook", exact=0.5, static=True)
+    ),
+    "w4-sym-2:4": QuantSpec(4, symmetric=True, semistructured=True),
+    "w8-codebook-nested3": QuantSpec(8, "codebook", nested_from=3),
 }
 
 
@@ -52,6 +62,15 @@ def test_order_of_the_parts_and_blanks_around_do_not_matter() -> None:
         ("w3-codebook-g128", "a codebook has no group size"),
         ("w3-codebook-sym", "a codebook has no symmetric"),
         ("w3-codebook-out", "a codebook has no group axis"),
+        ("w4a9", "activation bits is 9"),
+        ("w4-actsym", "not to how many bits"),
+        ("w4a4+t1%", "-actcodebook"),
+        ("w4a4-actcodebook-actsym", "no integer range"),
+        ("w4-2:4", "needs a symmetric grid"),
+        ("w4-shared", "only a codebook is shared"),
+        ("w4-nested3", "only codebooks are nested"),
+        ("w3-codebook-nested4", "nested from 4 to 3 bits"),
+        ("w4a4+k50%", "0 <= percent < 50"),
     ],
 )
 def test_wrong_spelling_is_named(text: str, message: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import jquant as jq
 from jquant.api import transformed
 from jquant.format import tree as trees
+from jquant.format.nested import at_bits, narrow, widths
 from jquant.format.weights import dequantize, is_quantized
 from jquant.linear import linear
 from jquant.quantize.budget import spend_bits
@@ -289,3 +290,25 @@ def test_dead_inputs_and_odd_sizes_are_served() -> None:
         error = X @ (W - np.asarray(dequantize(layer))).T
         assert np.linalg.norm(error) < 0.4 * np.linalg.norm(X @ W.T), spec
         assert dataclasses.asdict(report)["path"] == "weight"
+
+
+def test_one_nested_file_is_read_at_every_width(model, sequences, everything, tmp_path) -> None:
+    quantized, report = quantize(model, "w5-codebook-nested2", everything, method="squeezellm")
+    leaf = packed(quantized)[Q_PROJ]
+    assert list(widths(leaf.weight)) == [2, 3, 4, 5]
+    shape = trees.leaves(model)[Q_PROJ].shape
+    expected = stored_bits(jq.QuantSpec.parse("w5-codebook-nested2"), shape) / np.prod(shape)
+    assert next(layer for layer in report.layers if layer.path == Q_PROJ).bits_per_weight == pytest.approx(expected)
+    jq.save(tmp_path / "nested", quantized, report)
+    errors = []
+    for bits in (2, 3, 4, 5):
+        narrowed = jq.load(tmp_path / "nested", bits=bits)
+        assert packed(narrowed)[Q_PROJ].weight.bits == bits and packed(narrowed)[Q_PROJ].weight.nested is None
+        errors.append(output_error(model, narrowed, sequences[:2]))
+    assert errors == sorted(errors, reverse=True)
+    alone, _ = quantize(model, "w2-codebook", everything, method="squeezellm")
+    np.testing.assert_array_equal(dequantize(at_bits(leaf.weight, 2)), dequantize(packed(alone)[Q_PROJ].weight))
+    with pytest.raises(ValueError, match="2 to 5 bits, not at 6"):
+        narrow(quantized, 6)
+    with pytest.raises(ValueError, match="no nested codebooks"):
+        narrow(alone, 2)

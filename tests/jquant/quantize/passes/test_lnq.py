@@ -259,6 +259,12 @@ def test_vmap_equals_a_loop():
         np.testing.assert_allclose(together.objective_after[i].sum(), alone.objective_after.sum(), rtol=1e-2)
 
 
+def test_nothing_is_factored_by_lapack():
+    # two batched factorizations in flight block both threads of a small CPU's pool
+    program = str(jax.make_jaxpr(undamped)(*problem()))
+    assert "scan" in program and not any(name in program for name in ("cholesky", "triangular_solve"))
+
+
 def test_bad_arguments_say_what_was_expected():
     W, H, codebook, codes = problem()
     with pytest.raises(ValueError, match=r"H \(39, 39\)"):
