@@ -79,6 +79,33 @@ def test_eval_compares_with_a_reference(capsys, quantized, tiny_checkpoint, text
     assert code == 0 and "KL" in out
 
 
+def test_every_way_to_quantize_is_a_few_words_away(capsys, tiny_checkpoint, text_file, tmp_path) -> None:
+    calibration = ["--calibration", text_file, "--samples", 3, "--seq-len", 24]
+    ways = {
+        "quik": ["--method", "quik", "--outliers", 2, "--act-bits", 8, "--transform", "rotate"],
+        "kllm": ["--method", "kllm", "--table", "matrix", "--act-exact", 4],
+        "budget": ["--method", "adadim-rtn", "--group-size", 16, "--target-bpw", 5.2],
+        "nested": ["--method", "squeezellm", "--bits", 5, "--nested-from", 3],
+    }
+    results = {}
+    for name, words in ways.items():
+        out = tmp_path / name
+        code, text, err = run(capsys, "quantize", tiny_checkpoint, "--out", out, *words, *calibration, "--json")
+        assert code == 0, err
+        made = json.loads(text.splitlines()[-1])
+        narrow = ["--bits", 3] if name == "nested" else []
+        code, text, err = run(capsys, "eval", out, "--text", text_file, "--seq-len", 64, "--json", *narrow)
+        assert code == 0, err
+        results[name] = made, json.loads(text.splitlines()[-1])
+        assert np.isfinite(results[name][1]["perplexity"])
+    assert results["budget"][0]["bits_per_weight"] <= 5.2
+    assert results["nested"][1]["bits_per_weight"] < results["nested"][0]["bits_per_weight"]
+    header = json.loads((tmp_path / "quik" / checkpoint.SIDECAR).read_text())["header"]
+    assert header["config"]["tie_embeddings"] is False and header["calibration"]["transforms"] == ["rotate"]
+    specs = {layer["path"]: layer["spec"] for layer in header["report"]["layers"]}
+    assert specs["layers.0.mlp.down_proj.weight"] == "w8a8-sym+o2"
+
+
 def test_chat_form_and_sampling_options_are_accepted(capsys, quantized) -> None:
     words = ["generate", quantized, "--prompt", "the", "--max-new-tokens", 4, "--chat"]
     code, out, _ = run(capsys, *words, "--temperature", 0.7, "--top-k", 5, "--top-p", 0.9, "--seed", 3)
@@ -160,6 +187,23 @@ def test_bad_arguments_are_refused(capsys, tiny_checkpoint, quantized, text_file
         code, out, err = run(capsys, *start, "--method", "rtn", *words)
         assert code == 2 and out == "" and "Traceback" not in err
     assert not (tmp_path / "o").exists()
+
+
+def test_options_that_a_method_does_not_take_are_named(capsys, tiny_checkpoint, tmp_path) -> None:
+    words = ["quantize", tiny_checkpoint, "--out", tmp_path / "out", "--method"]
+    for method, option in (
+        ("gptq", ["--outliers", 4]),
+        ("gptq", ["--sparse", 1]),
+        ("quik", ["--group-size", 64]),
+        ("adadim", ["--group-axis", "out"]),
+        ("squeezellm", ["--symmetric"]),
+        ("kllm", ["--table", "matrix", "--sparse", 1]),
+        ("lnq", ["--nested-from", 3]),
+        ("rtn", ["--exact"]),
+    ):
+        assert option[-2 if len(option) > 1 else -1] in refused(capsys, *words, method, *option)
+    assert "has no Hessian to guide" in refused(capsys, *words, "rtn", "--guided")
+    assert "has 32 inputs" in refused(capsys, *words, "quik", "--outliers", 40)
 
 
 def test_bad_sources_are_refused(capsys, tiny_checkpoint, tmp_path) -> None:
