@@ -37,8 +37,8 @@ _QUANTIZE_NOTES = """
       kllm        tables for weights and activations; each token's largest and smallest entries exact
       lnq         squeezellm, then refined against the loss-guided Hessian: the most accurate, and the slowest
 
-    --act-bits quantizes activations with any method: integers, or a table with kllm. 4-bit activations need
-    --transform rotate on most models.
+    --act-bits quantizes activations with any method: integers, or a table with kllm. 4-bit integers need
+    --transform rotate on most models; weights alone are usually better without it.
 
     calibration is a plain text file, or `self`: the model writes its own text, from its first token on.
 
@@ -155,10 +155,11 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     tables.add_argument("--act-static", action="store_true", help="kllm: keep by thresholds from calibration instead")
     parser.add_argument(
         "--transform",
-        choices=("rotate", "smooth"),
+        choices=("rotate", "rotate-offline", "smooth"),
         action="append",
         default=[],
-        help="rewrite the model first so that it computes the same but quantizes better; may be repeated",
+        help="rewrite the model first so that it computes the same but quantizes better: rotate (inputs of o_proj and "
+        "down_proj while it runs), rotate-offline (free at run time, less effect), smooth; may be repeated, smooth last",
     )
     parser.add_argument(
         "--target-bpw",

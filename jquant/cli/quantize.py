@@ -140,8 +140,8 @@ def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
         ("--exact", options.exact, tables),
         ("--nested-from", options.nested_from is not None, method == "squeezellm" and not options.sparse),
         ("--table", options.table != "row", method == "kllm"),
-        ("--act-exact", options.act_exact is not None, tables),
-        ("--act-static", options.act_static, tables),
+        ("--act-exact", options.act_exact is not None, method == "kllm"),
+        ("--act-static", options.act_static, method == "kllm"),
     ):
         if given and not fits:
             raise ValueError(f"{name} does not go with {method}; leave it out (`jquant quantize --help` says which do)")
