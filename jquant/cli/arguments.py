@@ -159,7 +159,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="rewrite the model first so that it computes the same but quantizes better: rotate (inputs of o_proj and "
-        "down_proj while it runs), rotate-offline (free at run time, less effect), smooth; may be repeated, smooth last",
+        "down_proj while it runs), rotate-offline (free at run time, weaker), smooth; may be repeated, smooth last",
     )
     parser.add_argument(
         "--target-bpw",
