@@ -50,8 +50,6 @@ def quality_row(row: dict[str, Any]) -> tuple[str, ...]:
     theirs = row.get("reference")
     numbers = (row["perplexity_reference_windows"], row["perplexity"], row["second_perplexity"])
     shown = ["" if number is None else f"{number:.2f}" if number < 1000 else f"{number:.0f}" for number in numbers]
-    if row.get("inputs"):
-        shown[1:] = ["", ""]  # measured on the first windows only
     return (
         row["label"],
         f"{row['bits_per_weight']:.2f}",
