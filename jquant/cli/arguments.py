@@ -128,7 +128,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     tables = parser.add_argument_group("tables (squeezellm, kllm, lnq)")
     tables.add_argument(
         "--sparse",
-        type=_real(0, 50),
+        type=float,
         metavar="PCT",
         help="squeezellm, lnq: percent of entries kept as they are, 0.05 of it the most sensitive "
         "(default: 0.45; 0 is dense)",
