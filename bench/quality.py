@@ -7,6 +7,7 @@ The second text is --second-text, or what the calibration file holds beyond the 
 
     --tokenize OUT.npz   only writes the texts' tokens, for a machine without the tokenizer: there, --tokens OUT.npz
     --shared             statistics of the unquantized model, gathered once for all rows of a process (original inputs)
+    --resume             leaves out the rows that --out holds already
     --jobs N             N rows at a time, each in a process of its own; one that fails leaves its error behind
     --out DIR            rows/<row>.json as each row ends; quality-<name>.json of all rows found there, also put into
                          bench/results; and the compile cache of the processes
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="GLOB", help="labels or groups (default: all)")
     parser.add_argument("--shared", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--out", type=Path, help="a directory (default: in .cache), or one row's file (.json)")
     parser.add_argument("--name", default="smollm2-135m-instruct")
     for name, default in COUNTS.items():
@@ -101,6 +103,8 @@ def main() -> None:
     else:
         folder = options.out / "rows"
         folder.mkdir(parents=True, exist_ok=True)
+        if options.resume:
+            rows = [row for row in rows if not row_file(folder, row).exists()]
         if options.jobs > 1:
             run_processes(rows, options, folder)
         else:
@@ -193,7 +197,8 @@ class Session:
             jax.block_until_ready(jax.tree.leaves(quantized))
             bits = stored_bits(quantized)
             quantized = jq.prepare(quantized)
-            layers = [[layer.path, layer.spec, layer.objective_error, layer.note] for layer in report.layers]
+            # what the plan says of every layer is not told again
+            layers = [[each.path, each.spec, each.note] for each in report.layers if each.note or each.spec != row.spec]
         seconds, peak = time.perf_counter() - started, peak_bytes()
         started = time.perf_counter()
         return {
@@ -222,8 +227,8 @@ class Session:
             "second_perplexity": second and second.perplexity,
             "kl": comparison.kl,
             "top1": comparison.top1,
-            "losses": losses,
-            "second_losses": second and second.losses,
+            "losses": [round(loss, 5) for loss in losses],
+            "second_losses": second and [round(loss, 5) for loss in second.losses],
         }
 
 
