@@ -25,6 +25,7 @@ import numpy as np
 import jquant as jq
 from bench import record
 from bench.quality import peak_bytes
+from jquant.cli.quantize import compile_sooner
 from jquant.format import tree as trees
 from jquant.quantize.matrix import Recipe
 from jquant.quantize.pipeline import Progress
@@ -91,6 +92,7 @@ class Stopwatch:
 
 
 def main() -> None:
+    compile_sooner()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--method", choices=METHODS, required=True)

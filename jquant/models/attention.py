@@ -6,10 +6,11 @@
 Layouts: q [B, T, H, d]; k, v [B, S, Hkv, d]; positions [B, T] and [B, S] int32, negative at padding; out [B, T, H, d]
 in the type of q. Scores, softmax and sums are float32. A query that sees nothing (padding) gets a finite average.
 
-Memory is linear in T: queries are cut into at most MAX_SPANS spans, a Python loop over static slices of queries and of
-the keys they can see; a span holds one chunk of CHUNK_QUERIES queries, or maps over several. No more than MAX_SPANS
-chunks of scores exist at a time, and differentiating computes them again. The G heads that share a kv head are rows of
-one matrix product, so K and V are never repeated.
+Memory is linear in T: queries are cut into spans, a Python loop over static slices of queries and of the keys they can
+see; a span holds one chunk of CHUNK_QUERIES queries, or maps over several. No more than MAX_SPANS chunks of scores
+exist at a time, and differentiating computes them again. The G heads that share a kv head are rows of one matrix
+product, so K and V are never repeated. On a CPU MAX_SPANS spans skip nearly half of the scores; elsewhere there is one
+span, because each is products of a shape of its own, which a GPU's compiler tunes for seconds, and scores are cheap.
 """
 
 import math
@@ -39,15 +40,15 @@ def attention(
 def self_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, window: int | None = None
 ) -> jax.Array:
-    """Attention of a sequence to itself; skips the keys that no query of a span can see.
+    """Attention of a sequence to itself; skips the keys that no query of a span can see (on a CPU).
 
     q [B, T, H, d]; k, v [B, T, Hkv, d]; positions [B, T] must increase along T except at padding, which may stand
     anywhere. Then a key behind its query in the array lies in its future, and a key `window` places before it lies
-    outside its window, so half of the scores (all but a band, with a window) are never computed.
+    outside its window, so with spans half of the scores (all but a band, with a window) are never computed.
     """
     length = q.shape[1]
     chunks = -(-length // CHUNK_QUERIES)
-    size = -(-chunks // MAX_SPANS) * CHUNK_QUERIES
+    size = -(-chunks // (MAX_SPANS if jax.default_backend() == "cpu" else 1)) * CHUNK_QUERIES
     spans = []
     for start in range(0, length, size):
         stop = min(start + size, length)
