@@ -108,6 +108,7 @@ def _activations() -> list[Row]:
         row("QUIK W4A4, all 4 bits", "quik", "w4a4-sym-actsim+o32"),
         row("QUIK W4A4, all 4 bits, kernel form", "quik", "w4a4-sym+o32"),
         row("QUIK W4A4, all 4 bits, guided", "quik", "w4a4-sym+o32", **guided),
+        row("QUIK W4A4, all 4 bits, act order", "quik", "w4a4-sym-actsim+o32", options={"act_order": True}),
         row("QUIK W4A4, all 4 bits, rotated", "quik", "w4a4-sym+o32", **rotated),
         row("QUIK W4A4, all 4 bits, rotated, guided", "quik", "w4a4-sym+o32", **rotated, **guided),
         row("QUIK W4A4, down_proj 8 bits", "quik", "w4a4-sym-actsim+o32", rules=sims),

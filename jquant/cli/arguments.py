@@ -112,10 +112,15 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     affine.add_argument("--clip-search", action="store_true", help="rtn, gptq, adadim: search the range of each group")
     affine.add_argument(
         "--outliers",
-        type=_at_least(0),
-        metavar="K",
-        help="quik: input columns kept whole in a layer as wide as the model, in proportion in wider ones "
-        "(default: a sixteenth of the model's width, 256 at 4096)",
+        type=_count_or_percent,
+        metavar="K|P%",
+        help="quik: input columns kept whole: K in a layer as wide as the model, whole multiples in wider ones, or a "
+        "percentage of every layer's inputs (default: 6.25%%, 256 of 4096)",
+    )
+    affine.add_argument(
+        "--act-order",
+        action="store_true",
+        help="quik: round the columns by falling Hessian diagonal, as gptq does, not by rising activation range",
     )
     affine.add_argument(
         "--zero-outliers",
@@ -261,6 +266,11 @@ def _at_least(low: int) -> Callable[[str], int]:
 
 def _within(low: int, high: int | None) -> Callable[[str], int]:
     return _checked(int, "a whole number", low, high)
+
+
+def _count_or_percent(text: str) -> int | float:
+    """An int for a number of columns, a float for a percentage."""
+    return _real(0, 100)(text[:-1]) if text.endswith("%") else _at_least(0)(text)
 
 
 def _real(low: float, high: float | None) -> Callable[[str], float]:

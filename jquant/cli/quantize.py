@@ -20,6 +20,7 @@ from jquant.quantize.budget import spend_bits
 from jquant.quantize.calibrate import cut_batches, split_batches
 from jquant.quantize.journal import DirectoryJournal
 from jquant.quantize.matrix import TABLES, Recipe
+from jquant.quantize.passes.quik import fraction_count
 from jquant.quantize.pipeline import Progress, Report, quantize
 from jquant.quantize.plan import Forecast, Rule, forecast, make_plan, needs_gradients, quik_rules
 from jquant.runtime.generate import sample_text_tokens
@@ -58,7 +59,7 @@ def quantize_command(options: argparse.Namespace) -> None:
         show.note("the embedding also serves as the head; --transform gives the head a copy of its own")
     spec = spec_of(options, source.config.hidden_size)
     if options.method == "quik":
-        rules = [*quik_rules(abstract, spec), *rules]
+        rules = [*quik_rules(abstract, spec, share_of(options.outliers)), *rules]
     plan = make_plan(abstract, spec, options.method, rules)
     calibrates = (
         recipe.needs_hessian()
@@ -135,7 +136,15 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         clip_search=options.clip_search,
         exact=options.exact,
         zero_outliers=options.zero_outliers,
+        act_order=options.act_order,
     )
+
+
+def share_of(outliers: int | float | None) -> float | None:
+    """The share of a layer's inputs that --outliers asks to keep, None for a number of them."""
+    if outliers is None:
+        return 1 / 16
+    return outliers / 100 if isinstance(outliers, float) else None
 
 
 def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
@@ -149,6 +158,7 @@ def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
         ("--clip-search", options.clip_search, not tables and not quik),
         ("--outliers", options.outliers is not None, quik),
         ("--semistructured", options.semistructured, quik),
+        ("--act-order", options.act_order, quik),
         ("--sparse", options.sparse is not None, tables and options.table == "row"),
         ("--exact", options.exact, tables),
         ("--nested-from", options.nested_from is not None, method == "squeezellm" and not options.sparse),
@@ -180,7 +190,8 @@ def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
             activation=activation,
         )
     if quik:
-        outliers = hidden // 16 if options.outliers is None else options.outliers
+        share = share_of(options.outliers)
+        outliers = options.outliers if share is None else fraction_count(share, hidden)
         return QuantSpec(
             options.bits,
             symmetric=True,

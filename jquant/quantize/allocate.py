@@ -1,58 +1,33 @@
-"""Bit allocation: which option (width, group size, ...) each layer gets under one budget of stored bits.
+"""Bit allocation: which option (a width, say) each layer gets under one budget of stored bits.
 
-    minimise  sum_l a_l e_l(o_l)   subject to   sum_l n_l b_l(o_l) <= target * sum_l n_l     over options o_l
+    minimise  sum_l loss_l(o_l)   subject to   sum_l n_l b_l(o_l) <= target * sum_l n_l     over options o_l
 
-L layers, B options: errors e [L, B], slopes a [L], stored bits per weight b [L, B] (scales, tables, kept entries all
-included), entries n [L], target in bits per weight. Two ways to fill in a and e:
+L layers, B options: predicted losses [L, B], stored bits per weight b [L, B] (scales, tables, kept entries all
+included), entries n [L], target in bits per weight.
 
-- t2 with measured slopes. For weight error that is small and random, the loss rises by a_l t_l^2, where
-  t_l^2 = |W - W_hat|^2 / |W|^2 and a_l belongs to the layer alone (linearity theorem, HIGGS, arXiv 2411.17525). Replace
-  W by W + noise of a known t2 (`noise_like`), one layer at a time, measure the loss, fit the slope
-  (`slopes_from_losses`). No calibration data is needed beyond a text to measure on. The error of GPTQ or LNQ is not
-  random: it hides where inputs are quiet, and t2 rises while the loss falls. Rank their options by the t2 of plain
-  rounding, or by the second way.
-- A predicted rise of the loss itself, slope 1. For errors of independent entries, such as those of rounding to the
-  nearest or of a codebook fitted by k-means, `fisher_error` = 1/2 sum F (w - w_hat)^2. With errors that compensate
-  each other use half of the objective they were found by, with a loss-weighted Hessian: 1/2 e^T H e. Fisher values of
-  sequence means are too small by the sequence length; a factor common to all layers changes no allocation.
-
-The allocation is a multiple-choice knapsack, solved exactly: layer by layer the states (bits spent, loss) that no other
+It is a multiple-choice knapsack, solved exactly: layer by layer the states (bits spent, loss) that no other
 state beats in both are kept, and those that cannot lead to a better end than a known one, by the bound that a price
 per bit gives (Lagrange), are dropped. Few survive; beyond STATES they are thinned, still never above the budget.
 """
 
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
 STATES = 20_000  # kept after each layer; with hundreds of layers far fewer are ever needed
 ROUNDING = 1e-12  # of the budget: sums of the same bits in another order are still the same budget
-FLOOR = 0.01  # of the median slope
 
 
-class Slopes(NamedTuple):
-    """values [L] float64, positive; reason: why some of them are not the fitted ones, or None."""
+def allocate(losses: ArrayLike, bits: ArrayLike, weights: ArrayLike, target: float) -> np.ndarray:
+    """The option of each layer, int32 [L]; losses and bits [L, B], weights [L], target in bits per weight.
 
-    values: np.ndarray
-    reason: str | None
-
-
-def allocate(errors: ArrayLike, slopes: ArrayLike, bits: ArrayLike, weights: ArrayLike, target: float) -> np.ndarray:
-    """The option of each layer, int32 [L]; errors and bits [L, B], slopes and weights [L], target in bits per weight.
-
-    An infinite error marks an option that the layer does not have. Among allocations of equal loss a cheaper one is
+    An infinite loss marks an option that the layer does not have. Among allocations of equal loss a cheaper one is
     preferred. Raises ValueError for shapes or values that make no sense, and for a target outside what the options
     reach: below the cheapest of each layer, or above the sum of each layer's best.
     """
-    loss, cost = _checked(errors, slopes, bits, weights)
+    loss, cost = _checked(losses, bits, weights)
     total = float(np.sum(np.asarray(weights, np.float64)))
-    usable = np.isfinite(loss)
-    least = np.where(usable, cost, np.inf).min(axis=1).sum() / total
-    e = np.asarray(errors, np.float64)
-    best = np.where(e == e.min(axis=1, keepdims=True), cost, np.inf).min(axis=1).sum() / total
+    least = np.where(np.isfinite(loss), cost, np.inf).min(axis=1).sum() / total
+    best = np.where(loss == loss.min(axis=1, keepdims=True), cost, np.inf).min(axis=1).sum() / total
     slack = 1 + ROUNDING
     if not least <= target * slack or target > best * slack:
         raise ValueError(
@@ -62,93 +37,20 @@ def allocate(errors: ArrayLike, slopes: ArrayLike, bits: ArrayLike, weights: Arr
     return _knapsack(loss, cost, target * total * slack)
 
 
-def slopes_from_losses(t2: ArrayLike, losses: ArrayLike, clean: float) -> Slopes:
-    """Slopes a_l of losses [L, T] = clean + a_l t2, where layer l alone carries noise of relative energy t2 [T].
-
-    Least squares through the origin. A slope below FLOOR of the median, negative ones included, is measurement noise
-    and is raised to that: no layer is ever free. Losses that are not finite are left out; a layer with no other gets
-    the largest slope. With no positive slope at all, all become 1. Raises ValueError for shapes that disagree.
-    """
-    t, y = np.asarray(t2, np.float64), np.asarray(losses, np.float64)
-    if t.ndim != 1 or y.ndim != 2 or y.shape[1:] != t.shape or not t.size or not np.all(np.isfinite(t) & (t > 0)):
-        raise ValueError(f"losses {y.shape} must be [L, T] for T positive values of t2, got t2 of shape {t.shape}")
-    if not np.isfinite(clean):
-        raise ValueError(f"the loss without noise is {clean}; expected a finite number: check the model and the text")
-    seen = np.isfinite(y)
-    rise = np.where(seen, y, clean) - clean
-    power = (seen * t**2).sum(axis=1)
-    slope = (rise * t).sum(axis=1) / np.where(power > 0, power, 1.0)
-    lost = power == 0
-    positive = slope[~lost & (slope > 0)]
-    if not positive.size:
-        return Slopes(np.ones(len(y)), "no layer's loss rose with noise; every layer is taken to matter alike")
-    floor = FLOOR * float(np.median(positive))
-    low = ~lost & (slope < floor)
-    slope = np.where(lost, positive.max(), np.maximum(slope, floor))
-    reasons = []
-    if low.any():
-        reasons.append(f"{low.sum()} slopes were lost in measurement noise and raised to {FLOOR:g} of the median")
-    if lost.any():
-        reasons.append(f"{lost.sum()} layers had no finite loss under noise and got the largest slope")
-    return Slopes(slope, "; ".join(reasons) or None)
-
-
-@jax.jit
-def noise_like(W: jax.Array, t2: jax.Array | float, key: jax.Array) -> jax.Array:
-    """Gaussian noise of the shape and dtype of W with |noise|^2 = t2 |W|^2 up to rounding; zeros for a zero W.
-
-    The energy is set, not expected: one source of scatter less in the losses.
-    """
-    noise = jax.random.normal(key, W.shape, jnp.float32)
-    unit = jnp.max(jnp.abs(W)).astype(jnp.float32)
-    scaled = W.astype(jnp.float32) / jnp.where(unit > 0, unit, 1.0)
-    energy = jnp.sum(scaled * scaled) / jnp.maximum(jnp.sum(noise * noise), float(jnp.finfo(jnp.float32).tiny))
-    return (noise * jnp.sqrt(t2 * energy) * unit).astype(W.dtype)
-
-
-@jax.jit
-def relative_error(W: jax.Array, W_hat: jax.Array) -> jax.Array:
-    """t2 = |W - W_hat|^2 / |W|^2, float32 scalar; 0 for a zero W."""
-    W, W_hat = W.astype(jnp.float32), W_hat.astype(jnp.float32)
-    unit = jnp.max(jnp.abs(W))
-    unit = jnp.where(unit > 0, unit, 1.0)
-    whole = jnp.sum((W / unit) ** 2)
-    return jnp.where(whole > 0, jnp.sum(((W - W_hat) / unit) ** 2) / jnp.where(whole > 0, whole, 1.0), 0.0)
-
-
-@jax.jit
-def fisher_error(fisher: jax.Array, W: jax.Array, W_hat: jax.Array) -> jax.Array:
-    """Predicted rise of the loss, 1/2 sum F (w - w_hat)^2, float32 scalar; all [N, K]. Goes with slope 1.
-
-    Negative and non-finite Fisher values count as zero.
-    """
-    f = fisher.astype(jnp.float32)
-    f = jnp.where(jnp.isfinite(f), jnp.maximum(f, 0.0), 0.0)
-    return 0.5 * jnp.sum(f * (W.astype(jnp.float32) - W_hat.astype(jnp.float32)) ** 2)
-
-
-def _checked(
-    errors: ArrayLike, slopes: ArrayLike, bits: ArrayLike, weights: ArrayLike
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked(losses: ArrayLike, bits: ArrayLike, weights: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """(loss [L, B], stored bits [L, B]); loss is infinite for options to leave out."""
-    e, b = np.asarray(errors, np.float64), np.asarray(bits, np.float64)
-    a, n = np.asarray(slopes, np.float64), np.asarray(weights, np.float64)
-    if e.ndim != 2 or not e.size or b.shape != e.shape or a.shape != e.shape[:1] or n.shape != e.shape[:1]:
-        raise ValueError(
-            f"errors {e.shape} and bits {b.shape} must be [L, B], slopes {a.shape} and weights {n.shape} [L]"
-        )
-    if np.isnan(e).any() or (e < 0).any():
-        raise ValueError("errors must be at least 0, with infinity for an option that a layer does not have")
-    for name, values in (("slopes", a), ("bits", b), ("weights", n)):
+    loss, b, n = (np.asarray(each, np.float64) for each in (losses, bits, weights))
+    if loss.ndim != 2 or not loss.size or b.shape != loss.shape or n.shape != loss.shape[:1]:
+        raise ValueError(f"losses {loss.shape} and bits {b.shape} must be [L, B], weights {n.shape} [L]")
+    if np.isnan(loss).any() or (loss < 0).any():
+        raise ValueError("losses must be at least 0, with infinity for an option that a layer does not have")
+    for name, values in (("bits", b), ("weights", n)):
         if not np.all(np.isfinite(values) & (values >= 0)):
             raise ValueError(f"{name} must be finite and at least 0; got {values[~(values >= 0)][:3]} or infinity")
     if not n.sum() > 0:
         raise ValueError("the layers have no entries; expected the number of weights of each layer")
-    if none := np.flatnonzero(~np.isfinite(e).any(axis=1)).tolist():
-        raise ValueError(f"layers {none} have no option with a finite error; give each at least one")
-    loss = np.full(e.shape, np.inf)
-    usable = np.isfinite(e)
-    loss[usable] = (a[:, None] * np.where(usable, e, 0.0))[usable]
+    if none := np.flatnonzero(~np.isfinite(loss).any(axis=1)).tolist():
+        raise ValueError(f"layers {none} have no option with a finite loss; give each at least one")
     return loss, n[:, None] * b
 
 

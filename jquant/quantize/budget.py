@@ -41,28 +41,27 @@ def spend_bits(
     """The plan with every layer's bits chosen so that its mean bits a weight, all included, is at most `target`.
 
     Everything else of each layer's spec stays. batches: calibration tokens [B, T]. ValueError if the target is out of
-    reach, with what can be reached.
+    reach, with what can be reached, or if a layer is to be readable at several widths.
     """
+    if nested := [path for path, spec in plan.items() if spec.nested_from is not None]:
+        raise ValueError(
+            f"{nested[0]} is to be readable at several widths; a budget chooses one: "
+            "leave out --nested-from or --target-bpw"
+        )
     inside = paths_by_block(list(plan))
     wanted = {index: Wanted(fisher=tuple(paths)) for index, paths in inside.items()}
-    errors: dict[str, list[float]] = {}
+    options = {path: [dataclasses.replace(spec, bits=bits) for bits in widths] for path, spec in plan.items()}
+    losses: dict[str, list[float]] = {}
     for index, found in stream_gradients(model, batches, lambda i: wanted.get(i, Wanted()), progress=progress):
         weights = trees.leaves(model.layers[index])
         for path, stat in found.fisher.items():
             full = block_prefix(index) + path
-            options = [dataclasses.replace(plan[full], bits=bits) for bits in widths]
-            errors[full] = predicted_losses(check_matrix(weights[path], full), stat.finalize(), options, recipe)
-        progress("bit budget", len(errors), len(plan))
+            losses[full] = predicted_losses(check_matrix(weights[path], full), stat.finalize(), options[full], recipe)
+        progress("bit budget", len(losses), len(plan))
     leaves, paths = trees.leaves(model), list(plan)
-    sizes = [leaves[path].size for path in paths]
-    cost = [
-        [stored_bits(dataclasses.replace(plan[p], bits=b), leaves[p].shape) / leaves[p].size for b in widths]
-        for p in paths
-    ]
-    chosen = allocate(
-        np.array([errors[p] for p in paths]), np.ones(len(paths)), np.array(cost), np.array(sizes), target
-    )
-    return {path: dataclasses.replace(plan[path], bits=widths[int(k)]) for path, k in zip(paths, chosen, strict=True)}
+    cost = [[stored_bits(spec, leaves[path].shape) / leaves[path].size for spec in options[path]] for path in paths]
+    chosen = allocate([losses[path] for path in paths], cost, [leaves[path].size for path in paths], target)
+    return {path: options[path][int(k)] for path, k in zip(paths, chosen, strict=True)}
 
 
 def predicted_losses(W: jax.Array, fisher: jax.Array, options: Sequence[QuantSpec], recipe: Recipe) -> list[float]:

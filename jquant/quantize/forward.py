@@ -21,7 +21,14 @@ import numpy as np
 from jquant.format import tree as trees
 from jquant.format.spec import QuantSpec
 from jquant.quantize.backward import Gathered, with_activations
-from jquant.quantize.calibrate import HessianStats, RangeStats, calibrate, relative_saliency
+from jquant.quantize.calibrate import (
+    HessianStats,
+    RangeStats,
+    calibrate,
+    linear_paths,
+    paths_by_block,
+    relative_saliency,
+)
 from jquant.quantize.calibrate.blocks import (
     block_prefix,
     embed,
@@ -52,11 +59,12 @@ def forward_pass(model: Any, run: Run, batches: list[np.ndarray], gathered: Gath
     if run.recipe.method == "quik":
         stats = calibrate(model, batches, "range", progress=run.stage("ranges"))
         ranges = {path: stat.finalize() for path, stat in stats.items() if isinstance(stat, RangeStats)}
+    linear = paths_by_block(linear_paths(model))
     text = Text([embed(model, batch) for batch in batches], [make_context(model, batch) for batch in batches])
     for index, original in enumerate(model.layers):
         block, results = original, run.resumed(index)
         if results is None and run.paths(index):
-            results = _quantize_block(run, index, block, text, gathered, ranges)
+            results = _quantize_block(run, index, block, linear[index], text, gathered, ranges)
             run.finish(index, with_activations(run, index, results, gathered.activations))
         if results is not None and run.recipe.sequential:
             block = with_decoded(block, results)
@@ -66,11 +74,17 @@ def forward_pass(model: Any, run: Run, batches: list[np.ndarray], gathered: Gath
 
 
 def _quantize_block(
-    run: Run, index: int, original: Any, text: Text, gathered: Gathered, ranges: Mapping[str, jax.Array]
+    run: Run,
+    index: int,
+    original: Any,
+    linear: Sequence[str],
+    text: Text,
+    gathered: Gathered,
+    ranges: Mapping[str, jax.Array],
 ) -> Results:
+    """linear: the block's linear layers, planned or not."""
     prefix, block = block_prefix(index), original
-    everything = [path for path in trees.leaves(block) if path.endswith("_proj.weight")]
-    groups = shared_inputs(block, everything, text.x[0], text.contexts[0])
+    groups = shared_inputs(block, linear, text.x[0], text.contexts[0])
     results: Results = {}
     for place, siblings in enumerate(groups):
         group = [path for path in siblings if path in run.paths(index)]

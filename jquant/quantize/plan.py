@@ -22,7 +22,7 @@ from jquant.format.spec import QuantSpec
 from jquant.format.weights import is_quantized, size_bytes
 from jquant.quantize.calibrate import linear_paths
 from jquant.quantize.matrix import Recipe, check_spec
-from jquant.quantize.passes.quik import scaled_count
+from jquant.quantize.passes.quik import fraction_count, scaled_count
 
 COMPILER_BYTES = 600_000_000  # XLA on a CPU, largest while programs of thirty blocks are compiled
 HEAD_ROWS = 256  # tokens whose logits exist at once
@@ -90,18 +90,19 @@ def _check_columns(spec: QuantSpec, path: str, columns: int) -> None:
         )
 
 
-def quik_rules(model: Any, spec: QuantSpec) -> list[Rule]:
+def quik_rules(model: Any, spec: QuantSpec, share: float | None = None) -> list[Rule]:
     """QUIK's policy for models with gated MLPs, as rules to put before the user's own.
 
     down_proj reads a product of two branches, whose range is far larger: 8 bits for its weights and inputs where the
-    others have 4. Layers wider than the model keep columns in proportion (notes of the released code: times the whole
-    part of inputs / model width).
+    others have 4. Layers wider than the model keep columns in proportion: a `share` of their inputs if one is given,
+    else spec.outliers times the whole part of inputs / model width, as the released code.
     """
     shapes = {path: leaf.shape for path, leaf in trees.leaves(model).items()}
     hidden = shapes["embed_tokens.weight"][1]
     wide = next((shapes[path][1] for path in linear_paths(model) if path.endswith(".down_proj.weight")), hidden)
     act = spec.activation and dataclasses.replace(spec.activation, bits=max(8, spec.activation.bits))
-    count = min(scaled_count(spec.outliers, wide, hidden), wide)
+    count = fraction_count(share, wide) if share is not None else scaled_count(spec.outliers, wide, hidden)
+    count = min(count, wide)
     return [Rule("*.down_proj.weight", dataclasses.replace(spec, bits=8, activation=act, outliers=count))]
 
 

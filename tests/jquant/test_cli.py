@@ -82,7 +82,7 @@ def test_eval_compares_with_a_reference(capsys, quantized, tiny_checkpoint, text
 def test_every_way_to_quantize_is_a_few_words_away(capsys, tiny_checkpoint, text_file, tmp_path) -> None:
     calibration = ["--calibration", text_file, "--samples", 3, "--seq-len", 24]
     ways = {
-        "quik": ["--method", "quik", "--outliers", 2, "--act-bits", 8, "--transform", "rotate"],
+        "quik": ["--method", "quik", "--outliers", "6.25%", "--act-bits", 8, "--transform", "rotate"],
         "kllm": ["--method", "kllm", "--table", "matrix", "--act-exact", 4],
         "budget": ["--method", "adadim-rtn", "--group-size", 16, "--target-bpw", 5.2],
         "nested": ["--method", "squeezellm", "--bits", 5, "--nested-from", 3],
@@ -103,7 +103,7 @@ def test_every_way_to_quantize_is_a_few_words_away(capsys, tiny_checkpoint, text
     header = json.loads((tmp_path / "quik" / checkpoint.SIDECAR).read_text())["header"]
     assert header["config"]["tie_embeddings"] is False and header["calibration"]["transforms"] == ["rotate"]
     specs = {layer["path"]: layer["spec"] for layer in header["report"]["layers"]}
-    assert specs["layers.0.mlp.down_proj.weight"] == "w8a8-sym+o2"
+    assert specs["layers.0.mlp.down_proj.weight"] == "w8a8-sym+o3"
 
 
 def test_chat_form_and_sampling_options_are_accepted(capsys, quantized) -> None:
@@ -204,6 +204,7 @@ def test_options_that_a_method_does_not_take_are_named(capsys, tiny_checkpoint, 
         assert option[-2 if len(option) > 1 else -1] in refused(capsys, *words, method, *option)
     assert "has no Hessian to guide" in refused(capsys, *words, "rtn", "--guided")
     assert "has 32 inputs" in refused(capsys, *words, "quik", "--outliers", 40)
+    assert "from 0 to 100" in refused(capsys, *words, "quik", "--outliers", "101%")
 
 
 def test_bad_sources_are_refused(capsys, tiny_checkpoint, tmp_path) -> None:

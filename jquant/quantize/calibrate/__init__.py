@@ -83,11 +83,12 @@ def calibrate(
                 inputs=tuple((tuple(group), float(exact)) for group in groups),
             )
 
-        for index, gradients in stream_gradients(model, batches, wanted, progress=progress):
+        asked = [wanted(index) for index in range(len(model.layers))]
+        for index, gradients in stream_gradients(model, batches, asked.__getitem__, progress=progress):
             prefix = block_prefix(index)
             for path, stat in gradients.fisher.items():
                 found[prefix + path]["fisher"] = stat
-            for group, _ in wanted(index).inputs:
+            for group, _ in asked[index].inputs:
                 for path in group:
                     found[prefix + path]["inputs"] = gradients.inputs[group[0]]
             saliency |= {prefix + path: relative_saliency(s) for path, s in gradients.saliency.items()}

@@ -48,6 +48,7 @@ class Recipe:
     exact: tables by dynamic programming over every entry.
     row_scale: kllm with one table for the matrix: "rms" as published, "absmax", or the "best" of both a matrix.
     zero_outliers: quik: layers whose inputs never exceed this keep no columns.
+    act_order: quik: columns by falling diag H, as gptq has them, instead of by rising activation range.
     """
 
     method: str
@@ -57,6 +58,7 @@ class Recipe:
     exact: bool = False
     row_scale: Literal["rms", "absmax", "best"] = "best"
     zero_outliers: float = 0.0
+    act_order: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -65,6 +67,8 @@ class Recipe:
             raise ValueError(f"method {self.method} has no Hessian to guide; use gptq, adadim, quik or lnq")
         if self.zero_outliers and self.method != "quik":
             raise ValueError(f"method {self.method} keeps no columns; the zero-outlier rule goes with quik")
+        if self.act_order and self.method != "quik":
+            raise ValueError(f"act_order is a choice of quik; method {self.method} has its own order of columns")
 
     def needs_hessian(self) -> bool:
         return self.method in ("gptq", "adadim", "adadim-rtn", "quik", "lnq")
@@ -181,7 +185,7 @@ def quantize_siblings(
     if amax is None:
         # The diagonal is the inputs' mean square: it ranks columns where no range was recorded.
         amax = jnp.sqrt(jnp.maximum(jnp.diagonal(hessian), 0.0))
-    return quik_layers(kernels, spec, hessian, amax, recipe.zero_outliers)
+    return quik_layers(kernels, spec, hessian, amax, recipe.zero_outliers, recipe.act_order)
 
 
 def table_layer(

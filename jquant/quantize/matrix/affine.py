@@ -69,11 +69,17 @@ def gptq_layers(kernels: Matrices, spec: QuantSpec, hessian: jax.Array, clip_sea
 
 
 def quik_layers(
-    kernels: Matrices, spec: QuantSpec, hessian: jax.Array, amax: jax.Array, threshold: float = 0.0
+    kernels: Matrices,
+    spec: QuantSpec,
+    hessian: jax.Array,
+    amax: jax.Array,
+    threshold: float = 0.0,
+    act_order: bool = False,
 ) -> dict[str, Layer]:
     """QUIK with the Hessian [K, K] and the largest absolute values [K] of the common input.
 
     threshold: layers whose inputs stay below it keep no columns (the zero-outlier rule); their spec says so.
+    act_order: columns by falling diag H instead of by rising range.
     """
     count = quik.outlier_count(amax, len(amax), spec.outliers, threshold=threshold)
     if count < spec.outliers:
@@ -87,6 +93,7 @@ def quik_layers(
         spec.bits,
         index,
         damping=DAMPING,
+        order="act_order" if act_order else "ascending",
         sparsity=(2, 4) if spec.semistructured else None,
     )
     dtype = half_if_it_fits(result.weight)

@@ -97,7 +97,7 @@ def scaled_count(count: int, columns: int, hidden: int) -> int:
     return max(columns // hidden, 1) * count
 
 
-def fraction_count(fraction: float, columns: int, least: int) -> int:
+def fraction_count(fraction: float, columns: int, least: int = 0) -> int:
     """A fraction of a layer's inputs, but at least `least` (`--fp_features_frac` of the released kernel scripts)."""
     return max(int(columns * fraction), least)
 
