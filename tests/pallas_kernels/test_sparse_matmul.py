@@ -1,10 +1,18 @@
-"""The sparse sum against NumPy float64, with empty rows, without entries and without tokens."""
+"""The sparse sum against NumPy float64: empty rows, no entries, no tokens, rows of very uneven length.
 
+Entries by row and by tile hold what they were made from, whatever the pattern.
+"""
+
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_matmul import gather_sum
+from pallas_kernels.sparse_matmul import SparseRows, add_rows, gather_sum, prepare_rows, supported, tiles
+from pallas_kernels.sparse_matmul.dense import dense_entries
+from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
 
 @pytest.mark.parametrize(("tokens", "entries"), [(3, 11), (1, 0), (0, 11)])
@@ -20,3 +28,160 @@ def test_gather_sum_is_the_sparse_product(tokens: int, entries: int) -> None:
     assert y.dtype == jnp.float32
     # at most eleven float32 terms of order one
     np.testing.assert_allclose(y, x.astype(np.float64) @ dense.T, atol=1e-5)
+
+
+def _matrix(counts: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(values, columns, row pointer, dense float64) with so many entries in each row."""
+    rng = np.random.default_rng(int(counts.sum()))
+    pointer = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    places = [np.sort(rng.choice(columns, count, replace=False)) for count in counts]
+    column = np.concatenate(places).astype(np.uint16)
+    values = rng.normal(size=column.size).astype(np.float16)
+    dense = np.zeros((counts.size, columns))
+    dense[np.repeat(np.arange(counts.size), counts), column] = values
+    return values, column, pointer, dense
+
+
+def _shape(size: int, dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct((size,), dtype)
+
+
+def _counts(name: str) -> np.ndarray:
+    counts = np.random.default_rng(0).integers(0, 12, 70)
+    counts[[3, 5, 69]] = 0
+    if name == "uneven":
+        counts[[0, 7, 68]] = [300, 67, 200]
+    if name == "one full row":
+        counts[:] = 0
+        counts[40] = 300
+    return counts
+
+
+@pytest.mark.parametrize("name", ["even", "uneven", "one full row"])
+def test_rows_are_added_to_what_is_there(name: str) -> None:
+    values, columns, pointer, dense = _matrix(_counts(name), 300)
+    sparse = prepare_rows(values, columns, pointer)
+    assert (sparse.long_rows.shape[0] > 0) == (name != "even")
+    rng = np.random.default_rng(1)
+    for tokens, dtype in [(1, "bfloat16"), (3, "float32"), (20, "float16")]:
+        x = jnp.asarray(rng.normal(size=(tokens, 300)).astype(np.float32)).astype(dtype)
+        y = rng.normal(size=(tokens, 70)).astype(np.float32)
+        result = add_rows(jnp.asarray(y), x, sparse, interpret=True)
+        # at most 300 float32 products of order one
+        expected = y + np.asarray(x.astype(jnp.float32), np.float64) @ dense.T
+        np.testing.assert_allclose(result, expected, atol=3e-5)
+        # rows without entries are not touched at all
+        empty = np.diff(pointer) == 0
+        np.testing.assert_array_equal(np.asarray(result)[:, empty], y[:, empty])
+
+
+def test_padding_reads_no_column_that_the_row_has_not() -> None:
+    values, columns, pointer, _ = _matrix(np.array([1, 2, 3, 0, 5]), 40)
+    sparse = prepare_rows(values, columns, pointer)
+    x = np.zeros((1, 40), np.float32)
+    unused = np.setdiff1d(np.arange(40), columns)
+    x[:, unused] = np.nan
+    y = add_rows(jnp.zeros((1, 5), jnp.float32), jnp.asarray(x), sparse, interpret=True)
+    np.testing.assert_array_equal(y, np.zeros((1, 5)))
+
+
+def test_rows_grow_by_little() -> None:
+    rng = np.random.default_rng(0)
+    for counts in (rng.poisson(37, 4000), rng.integers(0, 3000, 300), np.zeros(10, int)):
+        values = np.ones(counts.sum(), np.float16)
+        pointer = np.concatenate([[0], np.cumsum(counts)])
+        sparse = prepare_rows(values, np.zeros(values.size, np.uint16), pointer)
+        assert sparse.words.shape[0] <= 1.07 * (values.size + 2 * counts.size) + 64
+        lengths = np.diff(np.asarray(sparse.starts)) * 4
+        assert lengths.max() <= max(64, 2 * counts.mean() + 36)
+
+
+def test_what_the_rows_cannot_serve_is_said() -> None:
+    assert supported(1, 8192, "bfloat16") is None
+    for arguments, word in [
+        ((0, 64, "float32"), "no tokens"),
+        ((1, 65537, "float32"), "65537"),
+        ((1, 8, "int8"), "int8"),
+    ]:
+        assert word in (supported(*arguments) or "")
+    values, columns, pointer, _ = _matrix(np.array([1, 2]), 8)
+    with pytest.raises(ValueError, match="expected float16"):
+        prepare_rows(values.astype(np.float32), columns, pointer)
+    sparse = prepare_rows(values, columns, pointer)
+    with pytest.raises(ValueError, match=r"expected float32\[1, 2\]"):
+        add_rows(jnp.zeros((1, 3), jnp.float32), jnp.zeros((1, 8), jnp.float32), sparse)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 64])
+@pytest.mark.parametrize("long", [0, 4])
+def test_rows_lower_for_a_gpu_as_one_kernel(tokens: int, long: int) -> None:
+    words = _shape(2**20, jnp.uint32)
+    starts, long_rows, long_starts = (_shape(n, jnp.int32) for n in (28673, long, long + 1))
+    y, x = jax.ShapeDtypeStruct((tokens, 28672), jnp.float32), jax.ShapeDtypeStruct((tokens, 8192), jnp.bfloat16)
+    assert count_kernels(lower_for_gpu(add_rows, y, x, SparseRows(words, starts, long_rows, long_starts))) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tiles_hold_every_entry_at_its_place(dtype: str) -> None:
+    counts = _counts("uneven")
+    counts[10:30] = 70  # tiles of far more than 32 entries, and some of just as many
+    values, columns, pointer, dense = _matrix(counts, 300)
+    slots, overflow = (np.asarray(array) for array in tiles.prepare_tiles(values, columns, pointer, 300, dtype))
+    assert slots.shape == (2, 5, 32)
+    found, linked = np.zeros((128, 320)), 0
+    for i, block in np.ndindex(2, 5):
+        words = [int(word) for word in slots[i, block] if word != tiles.EMPTY]
+        if words and words[-1] & tiles.LINK:
+            first, linked = words.pop() - tiles.LINK, linked + 1
+            words += [int(word) for word in overflow[first + 1 : first + 1 + overflow[first]]]
+        for word in words:
+            place = word >> 16
+            warp, step, thread = place // 2048, place % 2048 // 512, place % 512 // 16
+            register, half = place % 16 // 4, place % 4 // 2
+            row = 64 * i + 16 * warp + thread // 4 + 8 * (register % 2)
+            column = 64 * block + 16 * step + 2 * (thread % 4) + half + 8 * (register // 2)
+            assert found[row, column] == 0
+            found[row, column] = float(np.array([word & 0xFFFF], np.uint16).view(jnp.dtype(dtype))[0])
+    assert 0 < linked < 10 and overflow.size == linked + values.size - np.sum(slots < tiles.EMPTY)
+    expected = dense.astype(np.float32).astype(jnp.dtype(dtype)).astype(np.float64)
+    np.testing.assert_array_equal(found[:70, :300], expected)
+    assert np.count_nonzero(found) == np.count_nonzero(expected)
+
+
+def test_no_entries_make_empty_tiles() -> None:
+    none = np.zeros(0, np.float16), np.zeros(0, np.uint16), np.zeros(71, np.int32)
+    entries = tiles.prepare_tiles(*none, 300, jnp.bfloat16)
+    assert entries.slots.shape == (2, 5, 32) and bool(jnp.all(entries.slots == tiles.EMPTY))
+    assert entries.overflow.shape == (1,)
+
+
+def test_tiles_lower_for_a_gpu() -> None:
+    slots: Any = jax.ShapeDtypeStruct((2, 5, 32), jnp.uint32)
+    entries = tiles.EntryTiles(slots, _shape(99, jnp.uint32))
+    for dtype in (jnp.bfloat16, jnp.float16):
+        run = jax.jit(lambda e, dtype=dtype: dense_entries(e, dtype))
+        assert "mosaic_gpu" in run.trace(entries).lower(lowering_platforms=("cuda",)).as_text()
+    with pytest.raises(ValueError, match="float32"):
+        tiles.prepare_tiles(np.ones(1, np.float16), np.zeros(1, np.uint16), np.array([0, 1]), 64, jnp.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        tiles.prepare_tiles(np.full(1, 1e6, np.float32), np.zeros(1, np.uint16), np.array([0, 1]), 64, jnp.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_rows_and_tiles_on_the_device() -> None:
+    counts = np.random.default_rng(0).poisson(20, 1000)
+    counts[[5, 999]] = 4000
+    values, columns, pointer, dense = _matrix(counts, 4096)
+    sparse = prepare_rows(values, columns, pointer)
+    rng = np.random.default_rng(2)
+    for tokens in (1, 2, 8, 16, 33):
+        x = jnp.asarray(rng.normal(size=(tokens, 4096)).astype(np.float32)).astype(jnp.bfloat16)
+        y = add_rows(jnp.ones((tokens, 1000), jnp.float32), x, sparse)
+        expected = 1 + np.asarray(x.astype(jnp.float32), np.float64) @ dense.T
+        # 4000 float32 products of order one in the longest rows
+        np.testing.assert_allclose(y, expected, atol=1e-3)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        found = dense_entries(tiles.prepare_tiles(values, columns, pointer, 4096, dtype), dtype)
+        exact = jnp.asarray(dense, jnp.float32).astype(dtype)
+        np.testing.assert_array_equal(np.asarray(found[:1000].astype(jnp.float32)), exact.astype(jnp.float32))

@@ -1,0 +1,126 @@
+"""y = x . W^T for affine weights in packed codes, on the tensor core of a Hopper GPU, for any number of tokens.
+
+    W[n, k] = scales[g(k), n] * (codes[n, k] - zeros[g(k), n])          zeros None: 2**(bits - 1)
+
+    16-bit x:   y[m, n] = sum_k x[m, k] * W[n, k]                       float32 sums, weights exact
+    8-bit x:    y[m, n] = x_scales[m] * sum_k x[m, k] * W[n, k] + x_offsets[m] * row_sums[n],
+                row_sums[n] = sum_k W[n, k]; int32 sums within a group, exact
+
+The same packed words serve all of them: `pallas_kernels.fragments`, order "pairs"; 8-bit x comes in `slot_order`.
+The weights are decoded in registers, so the tensor core reads no decoded weight from memory (the idea of Marlin,
+arXiv 2408.11743, with `wgmma`, whose register operand they are: outputs are the rows of the product, tokens its
+columns, and few tokens waste nothing).
+
+`affine_matmul` is the product, `supported` says whether a shape has it, `choose` which configuration it gets.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.affine_matmul.choice import choose as choose
+from pallas_kernels.affine_matmul.config import (
+    Config as Config,
+    Problem as Problem,
+    supported as supported,
+    supported_config as supported_config,
+)
+from pallas_kernels.affine_matmul.kernel import affine_kernel
+from pallas_kernels.fragments import fragments_shape
+
+
+def affine_matmul(
+    x: jax.Array,
+    words: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    *,
+    bits: int,
+    outputs: int,
+    group_size: int | None = None,
+    x_scales: jax.Array | None = None,
+    x_offsets: jax.Array | None = None,
+    row_sums: jax.Array | None = None,
+    out_dtype: Any = None,
+    config: Config | None = None,
+) -> jax.Array:
+    """y [M, outputs], of `out_dtype` (that of 16-bit x; bfloat16 for 8-bit x); equations in the module.
+
+    x [M, K] bfloat16, float16, or int8 codes in slot order; words uint32 [ceil(N/64), ceil(K/64), bits, 128];
+    scales [G, N] float32, bfloat16 or float16, zeros [G, N] whole numbers 0..255; G = ceil(K / group_size), 1 for
+    None. x_scales, x_offsets [M] or [M, 1] float32 and row_sums [N] float32 go with 8-bit x. Rows of `scales` and
+    `zeros` that are no multiple of 64 long are padded here, which copies them: pad them once beforehand.
+    ValueError with the reason where there is no kernel, or `config` does not fit.
+    """
+    tokens, inputs = x.shape
+    groups = 1 if group_size is None else -(-inputs // group_size)
+    _check(x, words, scales, zeros, bits, outputs, groups, x_scales, x_offsets, row_sums)
+    if zeros is not None and group_size is None:  # zeros belong to groups: the row is one, longer than any block
+        group_size = 1 << max(inputs - 1, 2**14).bit_length()
+    problem = Problem(tokens, outputs, inputs, bits, group_size, zeros is not None, x.dtype.name, scales.dtype.name)
+    if reason := supported(problem):
+        raise ValueError(f"no affine kernel: {reason}")
+    config = choose(problem) if config is None else config
+    if reason := supported_config(problem, config):
+        raise ValueError(f"{config} does not fit: {reason}")
+    out_dtype = jnp.dtype(out_dtype or (x.dtype if problem.x_bytes == 2 else jnp.bfloat16))
+
+    padding = -tokens % 8 if tokens > 8 else 0
+    arrays = {"words": words, "x": jnp.pad(x, ((0, padding), (0, -inputs % problem.x_columns)))}
+    if group_size is None:
+        arrays["row_scales"] = scales[0].astype(jnp.float32)
+    else:
+        arrays["scales"] = _whole_tiles(scales)
+        if zeros is not None:
+            arrays["zeros"] = _whole_tiles(zeros.astype(jnp.uint8))
+    if x_scales is not None:
+        arrays["x_scales"] = x_scales.reshape(-1).astype(jnp.float32)
+    offset = None
+    if x_offsets is not None and row_sums is not None:
+        offset = x_offsets.reshape(-1).astype(jnp.float32), row_sums.astype(jnp.float32)
+        if config.splits == 1:
+            arrays["x_offsets"], arrays["row_sums"] = offset
+    if config.splits == 1:
+        return affine_kernel(problem, config, arrays, out_dtype)[0]
+    y = jnp.sum(affine_kernel(problem, config, arrays, jnp.dtype(jnp.float32)), axis=0)
+    if offset is not None:
+        y = y + offset[0][:, None] * offset[1][None, :]
+    return y.astype(out_dtype)
+
+
+def _whole_tiles(values: jax.Array) -> jax.Array:
+    return jnp.pad(values, ((0, 0), (0, -values.shape[1] % 64)))
+
+
+def _check(
+    x: jax.Array,
+    words: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    bits: int,
+    outputs: int,
+    groups: int,
+    x_scales: jax.Array | None,
+    x_offsets: jax.Array | None,
+    row_sums: jax.Array | None,
+) -> None:
+    tokens, inputs = x.shape
+    expected: list[tuple[str, jax.Array | None, tuple[int, ...]]] = [
+        ("words", words, fragments_shape((outputs, inputs), bits)),
+        ("row_sums", row_sums, (outputs,)),
+    ]
+    for name, array, shape in expected:
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {list(array.shape)}; expected {list(shape)}")
+    padded = -(-outputs // 64) * 64
+    for name, array in (("scales", scales), ("zeros", zeros)):
+        if array is not None and (array.shape[0] != groups or array.shape[1] not in (outputs, padded)):
+            raise ValueError(
+                f"{name} has shape {list(array.shape)}; expected [{groups}, {outputs}] or padded, [{groups}, {padded}]"
+            )
+    for name, array in (("x_scales", x_scales), ("x_offsets", x_offsets)):
+        if array is not None and array.size != tokens:
+            raise ValueError(f"{name} has {array.size} entries; expected one for each of the {tokens} tokens")
+    if (x_offsets is None) != (row_sums is None):
+        raise ValueError("x_offsets and row_sums go together; give both or none")

@@ -1,0 +1,168 @@
+"""How the affine product is cut into blocks, which cuts fit the machine, and which one a shape gets.
+
+A CTA computes [64 * row_warpgroups] outputs times [block_m] tokens. It streams block_k inputs a stage; row_warpgroups
+* k_warpgroups warpgroups compute, each on 64 outputs and block_k / k_warpgroups of the inputs; one more copies.
+`splits` CTAs share the inputs of a block of outputs, and their sums are added afterwards.
+"""
+
+import dataclasses
+from typing import Literal
+
+MULTIPROCESSORS = 132  # of an H100 or H200
+SHARED_MEMORY = 227 * 1024
+_REGISTERS = 65536  # of a multiprocessor
+_OTHER_REGISTERS = 72  # words, fragments of two tiles, addresses
+MOST_WARPGROUPS = 5
+
+ScaleWhere = Literal["sum", "operand"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """scale: where the scale of a group is multiplied. "sum": every group is summed by itself in float32 (or int32) and
+    the sum is scaled, exact weights; "operand": the weight is scaled in 16 bits, which rounds it, and costs fewer
+    registers. Whole-row scales are multiplied at the end in either case.
+
+    halves: into how many sets the tokens of a block are cut: with two, the sums of one are scaled while the tensor core
+    fills the other. continuous: products stay in flight from one stage to the next, which returns the memory of a
+    stage one stage later."""
+
+    block_m: int
+    block_k: int
+    row_warpgroups: int
+    k_warpgroups: int = 1
+    splits: int = 1
+    stages: int = 4
+    scale: ScaleWhere = "sum"
+    blocks: int = MULTIPROCESSORS
+    halves: int = 1
+    continuous: bool = False
+
+    @property
+    def warpgroups(self) -> int:
+        return self.row_warpgroups * self.k_warpgroups
+
+    @property
+    def rows(self) -> int:
+        """Outputs of a CTA."""
+        return 64 * self.row_warpgroups
+
+    def launch_registers(self) -> int:
+        """Registers a thread that the kernel is launched with: an equal share, in the units the hardware deals in."""
+        return min(_REGISTERS // 128 // (self.warpgroups + 1) // 8 * 8, 255)
+
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread after the warpgroup that copies has given most of its own to those that compute.
+
+        They can only share what the kernel was launched with: asking for more waits for ever.
+        """
+        if self.warpgroups == 1:
+            return 255, 255
+        copying = {2: 40, 3: 32, 4: 24}.get(self.warpgroups, 24)
+        pool = self.launch_registers() * (self.warpgroups + 1)
+        return copying, min((pool - copying) // self.warpgroups // 8 * 8, 240)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Static facts of one product. x_dtype "bfloat16", "float16" or "int8"; group_size None: whole rows."""
+
+    tokens: int
+    outputs: int
+    inputs: int
+    bits: int
+    group_size: int | None
+    has_zeros: bool
+    x_dtype: str
+    scale_dtype: str
+
+    @property
+    def x_bytes(self) -> int:
+        return 1 if self.x_dtype == "int8" else 2
+
+    @property
+    def x_columns(self) -> int:
+        """Inputs in the 128 bytes of a swizzled row of x."""
+        return 128 // self.x_bytes
+
+
+def shared_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of a CTA, without its barriers."""
+    words = config.rows * config.block_k * problem.bits // 8
+    stage = words + config.block_m * config.block_k * problem.x_bytes
+    if problem.group_size is not None:
+        groups = max(1, config.block_k // problem.group_size)
+        scale = 4 if problem.scale_dtype == "float32" else 2
+        stage += groups * config.rows * (scale + problem.has_zeros)
+    return config.stages * stage + (config.k_warpgroups - 1) * config.rows * config.block_m * 4
+
+
+def supported_config(problem: Problem, config: Config) -> str | None:
+    """None, or the reason why `config` cannot compute `problem`."""
+    per_warpgroup = config.block_k // config.k_warpgroups
+    group = problem.group_size
+    if config.block_m % 8 or not 8 <= config.block_m <= 256:
+        return f"block_m={config.block_m} is no width of a tensor-core product; expected a multiple of 8 up to 256"
+    if config.halves not in (1, 2) or config.block_m % (8 * config.halves):
+        return f"block_m={config.block_m} has no {config.halves} halves that are widths of a tensor-core product"
+    if config.block_k % problem.x_columns or config.block_k % config.k_warpgroups or per_warpgroup % 64:
+        return f"block_k={config.block_k} is not whole tiles for {config.k_warpgroups} warpgroups along K"
+    if config.k_warpgroups > 1 and per_warpgroup % problem.x_columns:
+        return f"{per_warpgroup} inputs a warpgroup are not a multiple of {problem.x_columns}"
+    if config.block_k > 256 * 64 or config.rows > 256:
+        return "a block is larger than one copy can be"
+    if group is not None and (config.block_k % group and group % config.block_k):
+        return f"block_k={config.block_k} and group_size={group}: neither is a multiple of the other"
+    if group is not None and (per_warpgroup % group and group % per_warpgroup):
+        return f"{per_warpgroup} inputs a warpgroup and group_size={group}: neither is a multiple of the other"
+    if config.scale == "operand" and problem.x_dtype == "int8":
+        return "an 8-bit operand cannot hold a scaled weight"
+    if config.warpgroups + 1 > MOST_WARPGROUPS:
+        return f"{config.warpgroups} warpgroups that compute; expected at most {MOST_WARPGROUPS - 1}"
+    if config.continuous and config.halves == 1 and sums_groups(problem, config) and sums_in_flight(config) == 1:
+        return "there are no registers to keep sums in flight from stage to stage"
+    if config.continuous and config.halves * (per_warpgroup // (64 if problem.x_bytes == 2 else 128)) < 2:
+        return "with one product a stage there is none to wait for while another is in flight"
+    if accumulators(problem, config) + 40 > config.registers()[1]:
+        return f"block_m={config.block_m} needs {accumulators(problem, config)} registers for sums; too many"
+    needed = shared_bytes(problem, config)
+    if needed > SHARED_MEMORY - 2048:
+        return f"{needed} bytes of shared memory; expected at most {SHARED_MEMORY - 2048}"
+    return None
+
+
+def sums_groups(problem: Problem, config: Config) -> bool:
+    """Whether every group has sums of its own."""
+    return problem.group_size is not None and config.scale == "sum"
+
+
+def sums_in_flight(config: Config) -> int:
+    """Sets of group sums, of all tokens: with two, one is scaled while the tensor core fills the other."""
+    fits = 3 * config.block_m // 2 + _OTHER_REGISTERS <= config.registers()[1]
+    return 2 if config.halves == 1 and fits else 1
+
+
+def accumulators(problem: Problem, config: Config) -> int:
+    """Registers of a thread that hold sums."""
+    own = config.block_m // 2
+    return own * (1 + sums_in_flight(config)) if sums_groups(problem, config) else own
+
+
+def supported(problem: Problem) -> str | None:
+    """None, or the reason why no configuration computes `problem`."""
+    group = problem.group_size
+    if problem.bits not in (2, 3, 4, 8):
+        return f"bits={problem.bits} has no kernel; expected 2, 3, 4 or 8"
+    if problem.x_dtype not in ("bfloat16", "float16", "int8"):
+        return f"activations are {problem.x_dtype}; expected bfloat16, float16 or int8"
+    if problem.scale_dtype not in ("bfloat16", "float16", "float32"):
+        return f"scales are {problem.scale_dtype}; expected bfloat16, float16 or float32"
+    if problem.inputs < 1 or problem.outputs < 1 or problem.tokens < 1:
+        return f"nothing to multiply: M={problem.tokens}, N={problem.outputs}, K={problem.inputs}"
+    if group is not None and group % 64:
+        return f"group_size={group} is not a multiple of 64"
+    if group is not None and problem.x_dtype == "int8" and group % 64 == 0 and group & (group - 1):
+        return f"group_size={group} is not a power of two"
+    if problem.has_zeros and problem.x_dtype == "int8" and problem.bits == 8:
+        return "8-bit codes with zero points do not fit 8-bit operands"
+    return None

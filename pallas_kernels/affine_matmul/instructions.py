@@ -1,0 +1,245 @@
+"""The machine instructions of the kernel, as functions on 32-bit registers (MLIR values inside `plgpu.inline_mgpu`).
+
+Integer and packed 16-bit arithmetic is spelled in PTX where the instruction count matters: one `lop3` does any function
+of three bits, so masking a nibble and putting an exponent over it is one instruction.
+
+`multiply_tiles` issues the tensor-core instructions of 64 x 64 tiles of weights, without waiting for them:
+
+    D [64, n] (+)= A [64, 64] B [64, n]     A in registers, B in shared memory, K-major, 128-byte swizzle
+
+    16-bit: 4 x m64 n k16 a tile, D float32        8-bit: 2 x m64 n k32 a tile, D int32
+
+Thread (w, g, t) holds D in n / 2 registers: register 4j + 2h + e is row 16w + g + 8h, column 8j + 2t + e.
+PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
+"""
+
+from typing import Literal
+
+from pallas_kernels import compat
+from pallas_kernels.compat import Value
+
+Operand = Literal["bf16", "f16", "s8"]
+
+_AND_OR = 0xEA  # a & b | c
+_AND_XOR = 0x6A  # (a & b) ^ c
+
+
+def and_or(word: Value, mask: int, value: int) -> Value:
+    """word & mask | value, in one instruction."""
+    return _lop3(word, mask, value, _AND_OR)
+
+
+def and_xor(word: Value, mask: int, value: int) -> Value:
+    """(word & mask) ^ value, in one instruction."""
+    return _lop3(word, mask, value, _AND_XOR)
+
+
+def merge(word: Value, mask: int, other: Value) -> Value:
+    """word & mask | other."""
+    return compat.inline_assembly(
+        [compat.i32()], [word, other], f"lop3.b32 $0, $1, {mask}, $2, {_AND_OR};", "=r,r,r", True
+    )[0]
+
+
+def and_(word: Value, mask: int) -> Value:
+    return compat.arith.andi(word, compat.constant(mask))
+
+
+def shift(word: Value, left: int) -> Value:
+    """word << left, or >> -left, zeros coming in."""
+    if left == 0:
+        return word
+    operation = compat.arith.shli if left > 0 else compat.arith.shrui
+    return operation(word, compat.constant(abs(left)))
+
+
+def xor(word: Value, value: int) -> Value:
+    return compat.arith.xori(word, compat.constant(value))
+
+
+def subtract_words(a: Value, b: Value) -> Value:
+    return compat.arith.subi(a, b)
+
+
+def packed(operation: Literal["sub", "mul"], a: Value, b: Value, operand: Operand) -> Value:
+    """Two 16-bit floats at a time, rounded to nearest."""
+    name = f"{operation}.rn.bf16x2" if operand == "bf16" else f"{operation}.rn.f16x2"
+    return compat.inline_assembly([compat.i32()], [a, b], f"{name} $0, $1, $2;", "=r,r,r", True)[0]
+
+
+def pack_twice(value: Value, operand: Operand) -> Value:
+    """A float32 register as two equal 16-bit floats."""
+    text = f"cvt.rn.{operand}x2.f32 $0, $1, $1;"
+    return compat.inline_assembly([compat.i32()], [value], text, "=r,f", True)[0]
+
+
+def multiply_add(a: Value, b: Value, c: Value) -> Value:
+    """a * b + c in float32, rounded once."""
+    return compat.inline_assembly([compat.f32()], [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", True)[0]
+
+
+def multiply(a: Value, b: Value) -> Value:
+    return compat.arith.mulf(a, b)
+
+
+def float_constant(value: float) -> Value:
+    return compat.arith.constant(compat.f32(), compat.ir.FloatAttr.get(compat.f32(), value))
+
+
+def to_float(integer: Value) -> Value:
+    """A signed integer as float32."""
+    return compat.arith.sitofp(compat.f32(), integer)
+
+
+def load_shared(base: Value, offset: Value, count: int) -> list[Value]:
+    """`count` consecutive words (1, 2 or 4) at a byte address base + offset of shared memory, in one instruction.
+
+    Not pure: it must stay between the barriers around it.
+    """
+    address = compat.arith.addi(base, offset)
+    kinds = [compat.i32()] * count
+    if count == 1:
+        text = "ld.shared.b32 $0, [$1];"
+    else:
+        text = f"ld.shared.v{count}.b32 {{{', '.join(f'${i}' for i in range(count))}}}, [${count}];"
+    return compat.inline_assembly(kinds, [address], text, ",".join(["=r"] * count + ["r"]), False)
+
+
+def unknown_zero(count: Value) -> Value:
+    """Zero, from a register below 2**31, of which the assembler does not know that."""
+    return compat.inline_assembly([compat.i32()], [count], "shr.u32 $0, $1, 31;", "=r,r", True)[0]
+
+
+def load_narrow(space: Literal["shared", "global"], address: Value, dtype: str) -> Value:
+    """One bfloat16, float16, float32 (as a float32 register) or uint8 (as an integer register) of memory."""
+    pointer = "r" if space == "shared" else "l"
+    if dtype == "float32":
+        return compat.inline_assembly([compat.f32()], [address], f"ld.{space}.f32 $0, [$1];", f"=f,{pointer}", False)[0]
+    if dtype == "uint8":
+        return compat.inline_assembly([compat.i32()], [address], f"ld.{space}.u8 $0, [$1];", f"=r,{pointer}", False)[0]
+    if dtype not in ("bfloat16", "float16"):
+        raise ValueError(f"a kernel cannot read {dtype}; expected float32, bfloat16, float16 or uint8")
+    convert = "mov.b32 $0, {zero, half};" if dtype == "bfloat16" else "cvt.f32.f16 $0, half;"
+    text = f"{{ .reg .b16 half, zero; mov.b16 zero, 0; ld.{space}.b16 half, [$1]; {convert} }}"
+    return compat.inline_assembly([compat.f32()], [address], text, f"=f,{pointer}", False)[0]
+
+
+def shared_address(ref: Value) -> Value:
+    """The byte address of a shared-memory ref, as an integer register."""
+    return compat.llvm.ptrtoint(compat.i32(), compat.pointer(ref))
+
+
+def global_address(ref: Value) -> Value:
+    """The byte address of a ref in global memory, as a 64-bit register."""
+    return compat.llvm.ptrtoint(_i64(), compat.pointer(ref))
+
+
+def load_float(base: Value, index: Value) -> Value:
+    """Entry `index` of a float32 array in global memory."""
+    text = "{ .reg .b64 place; mad.wide.u32 place, $2, 4, $1; ld.global.nc.f32 $0, [place]; }"
+    return compat.inline_assembly([compat.f32()], [base, index], text, "=f,l,r", True)[0]
+
+
+def store_output(
+    base: Value, value: Value, index: tuple[Value, Value, Value], sizes: tuple[int, int], dtype: str
+) -> None:
+    """Writes a float32 register to [part, token, row] of an array [parts, M, N], unless past the end of M or N."""
+    convert, size = {
+        "float32": ("mov.b32 out, $4;", 4),
+        "bfloat16": ("cvt.rn.bf16.f32 out, $4;", 2),
+        "float16": ("cvt.rn.f16.f32 out, $4;", 2),
+    }[dtype]
+    tokens, rows = sizes
+    lines = [
+        f"{{ .reg .pred inside; .reg .b32 line; .reg .b64 place; .reg .b{8 * size} out;",
+        f"setp.lt.u32 inside, $2, {tokens}; setp.lt.and.u32 inside, $3, {rows}, inside;",
+        f"mad.lo.u32 line, $1, {tokens}, $2; mul.wide.u32 place, line, {rows * size};",
+        f"add.s64 place, place, $0; mad.wide.u32 place, $3, {size}, place;",
+        f"{convert} @inside st.global.b{8 * size} [place], out; }}",
+    ]
+    compat.inline_assembly([], [base, *index, value], "\n".join(lines), "l,r,r,r,f", False)
+
+
+def columns_descriptor(address: Value, group_stride: int) -> Value:
+    """What tells `wgmma` where B lies: rows of 128 bytes in groups of eight (1 KiB), `group_stride` bytes apart.
+
+    Bits 0-13 address / 16, 32-45 group stride / 16, 62-63 the swizzle (1: 128 bytes). The other fields are of no
+    effect for this swizzle.
+    """
+    text = (
+        "{ .reg .b32 low; bfe.u32 low, $1, 4, 14; or.b32 low, low, 0x10000; "
+        f"mov.b64 $0, {{low, {(1 << 30) | (group_stride >> 4)}}}; }}"
+    )
+    return compat.inline_assembly([_i64()], [address], text, "=l,r", True)[0]
+
+
+def multiply_tiles(
+    accumulator: list[Value] | None,
+    fragments: list[list[Value]],
+    descriptor: Value,
+    offsets: list[int],
+    n: int,
+    kind: Operand,
+    keep: Value | None = None,
+) -> list[Value]:
+    """Issues D (+)= A B, one instruction a fragment; see the module. Returns registers that are not ready.
+
+    accumulator: D, None for any registers, which start from zero. keep: a register that is zero if what `accumulator`
+    holds is to be forgotten; where the assembler cannot know its value, the sums are sure to be in those registers.
+    fragments: four registers for every instruction; offsets: bytes from the descriptor's address to its columns.
+    Nothing may touch what is returned before `wait_for_products`, except another `multiply_tiles`.
+    """
+    count = n // 2
+    result_kind, letter = (compat.i32(), "r") if kind == "s8" else (compat.f32(), "f")
+    instruction, tail = {
+        "s8": (f"wgmma.mma_async.sync.aligned.m64n{n}k32.s32.s8.s8", ""),
+        "bf16": (f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16", ", 1, 1, 0"),
+        "f16": (f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16", ", 1, 1, 0"),
+    }[kind]
+    inputs = [register for fragment in fragments for register in fragment]
+    tied = [] if accumulator is None else accumulator
+    place = count + len(tied)
+    keep_text = f"${place + len(inputs) + 1}" if keep is not None else str(int(accumulator is not None))
+    sums = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
+    lines = [
+        "{ .reg .pred first, rest; .reg .b64 columns;",
+        f"setp.ne.b32 first, {keep_text}, 0; setp.ne.b32 rest, 1, 0;",
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step, offset in enumerate(offsets):
+        a = "{" + ", ".join(f"${place + 4 * step + i}" for i in range(4)) + "}"
+        lines.append(f"add.s64 columns, ${place + len(inputs)}, {offset >> 4};")
+        lines.append(f"{instruction} {sums}, {a}, columns, {'rest' if step else 'first'}{tail};")
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    constraints = [f"=&{letter}" if accumulator is None else f"={letter}"] * count
+    constraints += [str(i) for i in range(len(tied))] + ["r"] * len(inputs) + ["l"]
+    others = [descriptor]
+    if keep is not None:
+        others.append(keep)
+        constraints.append("r")
+    return compat.inline_assembly(
+        [result_kind] * count, [*tied, *inputs, *others], "\n".join(lines), ",".join(constraints), False
+    )
+
+
+def wait_for_products(accumulator: list[Value], in_flight: int) -> list[Value]:
+    """Waits until at most `in_flight` later products are unfinished; the registers returned are ready."""
+    letter = "r" if accumulator[0].type == compat.i32() else "f"
+    constraints = [f"={letter}"] * len(accumulator) + [str(i) for i in range(len(accumulator))]
+    kinds = [register.type for register in accumulator]
+    text = f"wgmma.wait_group.sync.aligned {in_flight};"
+    return compat.inline_assembly(kinds, accumulator, text, ",".join(constraints), False)
+
+
+def wait_for_earlier(in_flight: int) -> None:
+    """Waits until at most `in_flight` products are unfinished, for the sake of the operand registers of the others."""
+    compat.inline_assembly([], [], f"wgmma.wait_group.sync.aligned {in_flight};", "", False)
+
+
+def _i64() -> Value:
+    return compat.ir.IntegerType.get_signless(64)
+
+
+def _lop3(word: Value, mask: int, value: int, table: int) -> Value:
+    text = f"lop3.b32 $0, $1, {mask}, {value}, {table};"
+    return compat.inline_assembly([compat.i32()], [word], text, "=r,r", True)[0]

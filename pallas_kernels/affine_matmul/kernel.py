@@ -1,0 +1,226 @@
+"""The affine product on the tensor core of a Hopper GPU: weights decoded into its register operand.
+
+    y^T [N, M] = W [N, K] x^T [K, M],   W[n, k] = scales[g(k), n] * (codes[n, k] - zeros[g(k), n])
+
+One warpgroup copies, the others compute. The copying one streams, for every stage of block_k inputs, the packed words
+of the CTA's outputs, the same inputs of block_m tokens and the scales, all by TMA, into a ring of `stages` places in
+shared memory, and runs ahead across the blocks of outputs. A computing warpgroup owns 64 outputs: it reads its words
+("fragments" order: each thread its own), makes them the register operand A, and multiplies with x as operand B; while
+the tensor core works on a tile of 64 inputs, the next tile is decoded.
+
+Shared memory of a stage: words [row warpgroups, block_k / 64, bits, 128] uint32; x [block_m, block_k] in tiles of 8 x
+128 bytes with the 128-byte swizzle; scales, zeros [groups, 64 * row warpgroups]. Sums of `k_warpgroups` warpgroups that
+share outputs meet in shared memory; those of `splits` CTAs leave the kernel as [splits, M, N].
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+from pallas_kernels.affine_matmul.config import Config, Problem
+from pallas_kernels.affine_matmul.register_decode import byte_factor
+from pallas_kernels.affine_matmul.warpgroup import Decoder, carried, store_block, warpgroup_finish, warpgroup_step
+
+Refs = dict[str, Any]
+
+
+def affine_kernel(
+    problem: Problem, config: Config, arrays: dict[str, jax.Array], out_dtype: Any, decoder: Decoder | None = None
+) -> jax.Array:
+    """Runs the kernel: [splits, M, N]. `arrays` as in `pallas_kernels.affine_matmul.affine_matmul`, padded:
+
+    words [N/64, K/64, bits, 128]; x [M, K] with K a multiple of 64 (8 bits: 128) and M < 8 or a multiple of 8;
+    scales, zeros [G, N] with N a multiple of 64; row_scales, row_sums [N]; x_scales, x_offsets [M].
+    """
+    names = tuple(arrays)
+    stage = _stage_types(problem, config)
+    scratch: dict[str, Any] = {
+        name: plgpu.SMEM((config.stages, *shape), dtype, transforms=t) for name, (shape, dtype, t) in stage.items()
+    }
+    scratch["full"] = plgpu.Barrier(num_arrivals=len(stage), num_barriers=config.stages)
+    scratch["empty"] = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
+    sums = config.block_m // 2
+    kind = carried(problem, config)[0][1]
+    if config.k_warpgroups > 1:
+        shape = (config.row_warpgroups, config.k_warpgroups - 1, compat.THREADS * sums)
+        scratch["parts"] = plgpu.SMEM(shape, kind)
+        scratch["parts_full"] = plgpu.Barrier(num_arrivals=config.k_warpgroups - 1, num_barriers=config.row_warpgroups)
+        scratch["parts_empty"] = plgpu.Barrier(num_arrivals=1, num_barriers=config.row_warpgroups)
+
+    def body(*refs: Any, **shared: Any) -> None:
+        _body(problem, config, out_dtype, decoder, dict(zip((*names, "out"), refs, strict=True)), shared)
+
+    run = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((config.splits, problem.tokens, problem.outputs), out_dtype),
+        scratch_types=scratch,
+        grid=(config.blocks,),
+        grid_names=("block",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=compat.WARPGROUP,
+    )
+    return run(*arrays.values())
+
+
+def _stage_types(problem: Problem, config: Config) -> dict[str, tuple[tuple[int, ...], Any, tuple[Any, ...]]]:
+    """Shape, type and layout of what a stage holds."""
+    swizzle = (plgpu.TilingTransform((8, problem.x_columns)), plgpu.SwizzleTransform(128))
+    types: dict[str, tuple[tuple[int, ...], Any, tuple[Any, ...]]] = {
+        "words": ((config.row_warpgroups, config.block_k // 64, problem.bits, 128), jnp.uint32, ()),
+        "x": ((config.block_m, config.block_k), jnp.dtype(problem.x_dtype), swizzle),
+    }
+    if problem.group_size is not None:
+        groups = max(1, config.block_k // problem.group_size)
+        types["scales"] = ((groups, config.rows), jnp.dtype(problem.scale_dtype), ())
+        if problem.has_zeros:
+            types["zeros"] = ((groups, config.rows), jnp.uint8, ())
+    return types
+
+
+def _body(problem: Problem, config: Config, out_dtype: Any, decoder: Decoder | None, refs: Refs, shared: Refs) -> None:
+    warpgroup = lax.axis_index("warpgroup")
+    block = lax.axis_index("block")
+    column_blocks = -(-problem.tokens // config.block_m)
+    row_blocks = -(-problem.outputs // config.rows)
+    steps = -(-problem.inputs // (config.block_k * config.splits))
+    total = row_blocks * column_blocks * config.splits
+    mine = lax.div(total + config.blocks - 1 - block, jnp.int32(config.blocks))
+    copying, computing = config.registers()
+
+    def place(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Block of outputs, block of tokens and part of the inputs: tokens vary first, they share the weights."""
+        item = block + index * config.blocks
+        split = lax.rem(item, jnp.int32(config.splits))
+        pair = lax.div(item, jnp.int32(config.splits))
+        return lax.div(pair, jnp.int32(column_blocks)), lax.rem(pair, jnp.int32(column_blocks)), split
+
+    @pl.when(warpgroup == config.warpgroups)
+    def _copy() -> None:
+        if config.warpgroups > 1:
+            plgpu.set_max_registers(copying, action="decrease")
+
+        def item(index: jax.Array, done: jax.Array) -> jax.Array:
+            row, column, split = place(index)
+
+            def step(k: jax.Array, done: jax.Array) -> jax.Array:
+                slot = lax.rem(done, jnp.int32(config.stages))
+
+                @pl.when(done >= config.stages)
+                def _wait() -> None:
+                    plgpu.barrier_wait(shared["empty"].at[slot])
+
+                _copy_stage(problem, config, refs, shared, slot, row, column, split * steps + k)
+                return done + 1
+
+            return lax.fori_loop(0, steps, step, done)
+
+        lax.fori_loop(0, mine, item, jnp.int32(0))
+
+    @pl.when(warpgroup < config.warpgroups)
+    def _compute() -> None:
+        if config.warpgroups > 1:  # one alone has as many as a thread can have
+            plgpu.set_max_registers(computing, action="increase")
+        row_part = lax.div(warpgroup, jnp.int32(config.k_warpgroups))
+        k_part = lax.rem(warpgroup, jnp.int32(config.k_warpgroups))
+        factor = byte_factor(problem.bits, problem.has_zeros) if decoder is None else 1
+        multiply, finish = warpgroup_step(problem, config, decoder), warpgroup_finish(problem, config)
+        store = store_block(problem, config, out_dtype, tuple(refs), factor)
+        names = [name for name in ("words", "x", "scales", "zeros") if name in shared]
+
+        def load_state(index: jax.Array) -> tuple[jax.Array, ...]:
+            first_row = (place(index)[0] * config.row_warpgroups + row_part) * 64
+            return () if decoder is None else (decoder.load(refs["tables"], first_row),)
+
+        def item(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            done, *state = carry
+            row, column, split = place(index)
+            # early if registers are plenty, since they are kept for as long
+            following = load_state(index + 1) if config.block_m <= 64 else ()
+
+            def step(k: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+                done, *sums = carry
+                slot = lax.rem(done, jnp.int32(config.stages))
+                plgpu.barrier_wait(shared["full"].at[slot])
+                sums = multiply([shared[name].at[slot] for name in names], sums, done, row_part, k_part, *state)
+                if config.continuous:  # products of this stage are in flight, those of the stage before are not
+
+                    @pl.when(k > 0)
+                    def _return_earlier() -> None:
+                        plgpu.barrier_arrive(shared["empty"].at[lax.rem(done - 1, jnp.int32(config.stages))])
+                else:
+                    plgpu.barrier_arrive(shared["empty"].at[slot])
+                return done + 1, *sums
+
+            zeros = [jnp.zeros((compat.THREADS * count,), kind) for count, kind in carried(problem, config)]
+            done, *sums = lax.fori_loop(0, steps, step, (done, *zeros))
+            sums = finish(sums)
+            if config.continuous:
+                plgpu.barrier_arrive(shared["empty"].at[lax.rem(done - 1, jnp.int32(config.stages))])
+            if config.block_m > 64:
+                following = load_state(index + 1)
+            first_row = (row * config.row_warpgroups + row_part) * 64
+            write = functools.partial(store, refs, column * config.block_m, first_row, split)
+            if config.k_warpgroups == 1:
+                write(sums)
+            else:
+                _add_parts(config, shared, index, row_part, k_part, sums, write)
+            return done, *following
+
+        lax.fori_loop(0, mine, item, (jnp.int32(0), *load_state(jnp.int32(0))))
+
+
+def _copy_stage(
+    problem: Problem,
+    config: Config,
+    refs: Refs,
+    shared: Refs,
+    slot: jax.Array,
+    row: jax.Array,
+    column: jax.Array,
+    step: jax.Array,
+) -> None:
+    """Starts the copies of one stage. What lies past the end of an array arrives as zero."""
+    full = shared["full"].at[slot]
+    tiles = config.block_k // 64
+    source = refs["words"].at[pl.ds(row * config.row_warpgroups, config.row_warpgroups), pl.ds(step * tiles, tiles)]
+    plgpu.copy_gmem_to_smem(source, shared["words"].at[slot], full)
+    source = refs["x"].at[pl.ds(column * config.block_m, config.block_m), pl.ds(step * config.block_k, config.block_k)]
+    plgpu.copy_gmem_to_smem(source, shared["x"].at[slot], full)
+    if problem.group_size is not None:
+        groups = max(1, config.block_k // problem.group_size)
+        first = lax.div(step * config.block_k, jnp.int32(problem.group_size))
+        rows = pl.ds(row * config.rows, config.rows)
+        plgpu.copy_gmem_to_smem(refs["scales"].at[pl.ds(first, groups), rows], shared["scales"].at[slot], full)
+        if problem.has_zeros:
+            plgpu.copy_gmem_to_smem(refs["zeros"].at[pl.ds(first, groups), rows], shared["zeros"].at[slot], full)
+
+
+def _add_parts(
+    config: Config, shared: Refs, index: jax.Array, row_part: jax.Array, k_part: jax.Array, sums: jax.Array, write: Any
+) -> None:
+    """The first of the warpgroups that share outputs adds the sums of the others and writes."""
+
+    @pl.when(k_part > 0)
+    def _hand_over() -> None:
+        @pl.when(index > 0)
+        def _wait() -> None:
+            plgpu.barrier_wait(shared["parts_empty"].at[row_part])
+
+        shared["parts"][row_part, k_part - 1] = sums
+        plgpu.barrier_arrive(shared["parts_full"].at[row_part])
+
+    @pl.when(k_part == 0)
+    def _add() -> None:
+        plgpu.barrier_wait(shared["parts_full"].at[row_part])
+        total = sums
+        for other in range(config.k_warpgroups - 1):
+            total = total + shared["parts"][row_part, other]
+        plgpu.barrier_arrive(shared["parts_empty"].at[row_part])
+        write(total)

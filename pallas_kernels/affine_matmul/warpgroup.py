@@ -1,0 +1,264 @@
+"""What one warpgroup of the affine kernel does with a stage in shared memory, and with its sums at the end.
+
+Both functions return the body of a `plgpu.inline_mgpu`: they see registers. A warpgroup is the pair (row_part, k_part):
+64 outputs 64 * row_part.. of the CTA, and block_k / k_warpgroups inputs of every stage.
+
+In which order it decodes, multiplies and scales: `pallas_kernels.affine_matmul.schedule`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+from pallas_kernels.affine_matmul import instructions as ops, register_decode as decode
+from pallas_kernels.affine_matmul.config import Config, Problem, sums_groups
+from pallas_kernels.affine_matmul.schedule import add_scaled, multiply_stage
+from pallas_kernels.compat import Value, arith, constant
+
+_OPERANDS: dict[str, ops.Operand] = {"bfloat16": "bf16", "float16": "f16", "int8": "s8"}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+
+
+class Decoder(Protocol):
+    """Another way from words to operands than the affine one: a thread keeps `registers` registers for its rows."""
+
+    registers: int
+
+    def load(self, tables: Any, first_row: Any) -> Any:
+        """The registers of the 64 outputs from first_row, in `compat.registers_layout`."""
+        ...
+
+    def fragments(self, words: list[Value], state: list[Value]) -> list[list[Value]]:
+        """The operand registers of a tile."""
+        ...
+
+
+def carried(problem: Problem, config: Config) -> list[tuple[int, Any]]:
+    """What goes from stage to stage: registers of a thread and their type.
+
+    The sums of whole rows, which are in flight if `continuous`; or the total of the groups done, and if `continuous`
+    the sums in flight of the last group (of its second half, if there are two) and their two scales.
+    """
+    count = config.block_m // 2
+    product = jnp.int32 if problem.x_dtype == "int8" else jnp.float32
+    if not sums_groups(problem, config):
+        return [(count, product)]
+    if not config.continuous:
+        return [(count, jnp.float32)]
+    return [(count, jnp.float32), (count // config.halves, product), (2, jnp.float32)]
+
+
+def warpgroup_step(problem: Problem, config: Config, decoder: Decoder | None = None) -> Callable[..., Any]:
+    """The function (stage refs, carried, stages done, row_part, k_part, *state) -> carried.
+
+    state: what `decoder.load` gave, if there is a decoder.
+    """
+    state_types = [] if decoder is None else [compat.registers_layout(decoder.registers)]
+    swizzle = (plgpu.TilingTransform((8, problem.x_columns)), plgpu.SwizzleTransform(128))
+    refs = [plgpu.RefType(), plgpu.RefType(swizzle)]
+    if problem.group_size is not None:
+        refs += [plgpu.RefType()] * (1 + problem.has_zeros)
+    arrays = carried(problem, config)
+    layouts = [compat.registers_layout(count) for count, _ in arrays]
+
+    @plgpu.inline_mgpu(
+        arg_types=(refs, layouts, compat.SCALAR, compat.SCALAR, compat.SCALAR, *state_types),
+        return_type=[compat.registers_type(count, kind) for count, kind in arrays],
+    )
+    def step(_: Any, stage: list[Value], carry: list[Any], done: Any, row_part: Any, k_part: Any, *state: Any) -> Any:
+        reader = _Reader(problem, config, stage, compat.scalar_of(row_part), compat.scalar_of(k_part))
+        if decoder is not None:
+            reader.decode = functools.partial(decoder.fragments, state=compat.registers_of(state[0]))
+        forget = ops.unknown_zero(compat.scalar_of(done))
+        results = multiply_stage(problem, config, reader, [compat.registers_of(array) for array in carry], forget)
+        return [compat.array_of(registers) for registers in results]
+
+    return step
+
+
+def warpgroup_finish(problem: Problem, config: Config) -> Callable[..., Any]:
+    """The function carried -> sums that waits for what is in flight after the last stage."""
+    arrays = carried(problem, config)
+
+    @plgpu.inline_mgpu(
+        arg_types=([compat.registers_layout(count) for count, _ in arrays],),
+        return_type=compat.registers_type(*arrays[0]),
+    )
+    def finish(_: Any, carry: list[Any]) -> Any:
+        total, *waiting = [compat.registers_of(array) for array in carry]
+        if waiting:
+            sums, scales = waiting
+            add_scaled(total, config.halves - 1, ops.wait_for_products(sums, 0), scales)
+        elif config.continuous:
+            total = ops.wait_for_products(total, 0)
+        return compat.array_of(total)
+
+    return finish
+
+
+class _Grid:
+    """Scales and zeros of rows r0, r1 in one group, in the form that their use needs."""
+
+    def __init__(self, scales: list[Value], half_scales: list[Value] | None, zeros: list[Value] | None) -> None:
+        self.scales, self.half_scales, self.zeros = scales, half_scales, zeros
+
+
+class _Reader:
+    """Reads a stage on behalf of one thread."""
+
+    def __init__(self, problem: Problem, config: Config, stage: list[Value], row_part: Value, k_part: Value) -> None:
+        self.problem, self.config = problem, config
+        self.operand: ops.Operand = _OPERANDS[problem.x_dtype]
+        self.thread = compat.thread_in_warpgroup()
+        self.k_part = k_part
+        own_inputs = config.block_k // config.k_warpgroups
+        tile_bytes = 512 * problem.bits
+        first_tile = arith.addi(
+            arith.muli(row_part, constant(config.block_k // 64)), arith.muli(k_part, constant(own_inputs // 64))
+        )
+        words, x, *grids = [ops.shared_address(ref) for ref in stage]
+        self.base = arith.addi(words, arith.muli(first_tile, constant(tile_bytes)))
+        # Inputs of k_part begin at a swizzle atom: 1 KiB holds eight tokens and 128 bytes of inputs.
+        own_x = arith.addi(x, arith.muli(k_part, constant(own_inputs // problem.x_columns * 1024)))
+        self.group_stride = config.block_k // problem.x_columns * 1024  # bytes from eight tokens to the next eight
+        self.columns = ops.columns_descriptor(own_x, self.group_stride)
+        row = arith.addi(arith.muli(row_part, constant(64)), _first_row(self.thread))
+        self.grids = [(address, row) for address in grids]
+        self.decode: Callable[[list[Value]], list[list[Value]]] | None = None
+
+    def words(self, tile: int) -> list[Value]:
+        return decode.read_tile(self.base, self.thread, tile, self.problem.bits)
+
+    def places(self, tile: int) -> list[int]:
+        """Bytes from the descriptor's address to the columns of each instruction of a tile: 32 bytes of inputs."""
+        atom, within = divmod(tile * 64, self.problem.x_columns)
+        start = atom * 1024 + within * self.problem.x_bytes
+        return [start + 32 * step for step in range(2 * self.problem.x_bytes)]
+
+    def grid(self, run: int) -> _Grid:
+        """The scales and zeros of the run-th group of this warpgroup."""
+        problem, bits = self.problem, self.problem.bits
+        if problem.group_size is None:  # multiplied at the end; zeros, if any, are of a group
+            return _Grid([], None, self._zeros(None))
+        own_inputs = self.config.block_k // self.config.k_warpgroups
+        if problem.group_size <= own_inputs:
+            group = arith.addi(arith.muli(self.k_part, constant(own_inputs // problem.group_size)), constant(run))
+        elif problem.group_size < self.config.block_k:
+            group = arith.divui(self.k_part, constant(problem.group_size // own_inputs))
+        else:
+            group = constant(0)
+        scales = self._row_pair(0, group, problem.scale_dtype)
+        half_scales = None
+        if self.config.scale == "operand":
+            half_scales = [ops.pack_twice(scale, self.operand) for scale in scales]
+        elif self.operand == "s8" and (factor := decode.byte_factor(bits, problem.has_zeros)) > 1:
+            scales = [ops.multiply(scale, ops.float_constant(1.0 / factor)) for scale in scales]
+        zeros = self._row_pair(1, group, "uint8") if problem.has_zeros else None
+        return _Grid(scales, half_scales, self._zeros(zeros))
+
+    def _zeros(self, zeros: list[Value] | None) -> list[Value] | None:
+        if self.operand == "s8":
+            return None if zeros is None else [decode.byte_zeros(zero) for zero in zeros]
+        return [decode.half_zeros(zero, self.problem.bits, self.operand) for zero in zeros or [None, None]]
+
+    def _row_pair(self, which: int, group: Value, dtype: str) -> list[Value]:
+        """Entries [group, r0] and [group, r1] of an array [groups, rows of the CTA] of the stage."""
+        base, row = self.grids[which]
+        index = arith.addi(arith.muli(group, constant(self.config.rows)), row)
+        first = arith.addi(base, arith.muli(index, constant(_BYTES[dtype])))
+        addresses = [first, arith.addi(first, constant(8 * _BYTES[dtype]))]
+        return [ops.load_narrow("shared", address, dtype) for address in addresses]
+
+    def fragments(self, words: list[Value], grid: _Grid) -> list[list[Value]]:
+        if self.decode is not None:
+            return self.decode(words)
+        if self.operand == "s8":
+            return decode.byte_fragments(words, self.problem.bits, grid.zeros)
+        assert grid.zeros is not None
+        bits, has_zeros = self.problem.bits, self.problem.has_zeros
+        return decode.half_fragments(words, bits, self.operand, grid.zeros, has_zeros, grid.half_scales)
+
+
+def _first_row(thread: Value) -> Value:
+    """r0 of a thread: 16 * warp + lane // 4."""
+    warp = arith.shrui(thread, constant(5))
+    group = arith.andi(arith.shrui(thread, constant(2)), constant(7))
+    return arith.addi(arith.muli(warp, constant(16)), group)
+
+
+def store_block(
+    problem: Problem, config: Config, dtype: Any, names: tuple[str, ...], factor: int
+) -> Callable[..., None]:
+    """The function (refs, first token, first row, split, sums) -> None that scales a block [64, block_m] and writes it.
+
+    factor: how many times the weight an 8-bit operand is.
+
+    y[m, n] = sum * row_scales[n] * x_scales[m] + x_offsets[m] * row_sums[n], the factors that there are.
+    """
+    epilogue = [name for name in ("row_scales", "x_scales", "x_offsets", "row_sums") if name in names]
+    count = config.block_m // 2
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            [plgpu.RefType()] * (1 + len(epilogue)),
+            [compat.SCALAR] * 3,
+            compat.registers_layout(count),
+        )
+    )
+    def store(_: Any, arrays: list[Value], places: list[Any], sums: Any) -> None:
+        bases = dict(zip(("out", *epilogue), (ops.global_address(ref) for ref in arrays), strict=True))
+        corner = [compat.scalar_of(place) for place in places]
+        _store(problem, config, bases, corner, compat.registers_of(sums), jnp.dtype(dtype).name, factor)
+
+    def run(refs: dict[str, Any], first_token: Any, first_row: Any, split: Any, sums: Any) -> None:
+        arrays = [refs[name] for name in ("out", *epilogue)]
+        store(arrays, [first_token, first_row, split], sums)  # pyright: ignore[reportCallIssue]
+
+    return run
+
+
+def _store(
+    problem: Problem,
+    config: Config,
+    bases: dict[str, Value],
+    corner: list[Value],
+    sums: list[Value],
+    dtype: str,
+    factor: int,
+) -> None:
+    first_token, first_row, split = corner
+    thread = compat.thread_in_warpgroup()
+    row0 = arith.addi(first_row, _first_row(thread))
+    rows = [row0, arith.addi(row0, constant(8))]
+    token0 = arith.addi(first_token, arith.muli(arith.andi(thread, constant(3)), constant(2)))
+    values = [ops.to_float(v) if v.type == compat.i32() else v for v in sums]
+    last_row, last_token = constant(problem.outputs - 1), constant(problem.tokens - 1)
+
+    def entry(name: str, index: Value, last: Value) -> Value:
+        return ops.load_float(bases[name], arith.minui(index, last))
+
+    row_scales = None
+    if "row_scales" in bases:
+        row_scales = [entry("row_scales", row, last_row) for row in rows]
+        if problem.x_dtype == "int8" and factor != 1:
+            inverse = ops.float_constant(1.0 / factor)
+            row_scales = [ops.multiply(scale, inverse) for scale in row_scales]
+    row_sums = [entry("row_sums", row, last_row) for row in rows] if "row_sums" in bases else None
+    for j in range(config.block_m // 8):
+        for e in range(2):
+            token = arith.addi(token0, constant(8 * j + e))
+            scale = entry("x_scales", token, last_token) if "x_scales" in bases else None
+            offset = entry("x_offsets", token, last_token) if "x_offsets" in bases else None
+            for h, row in enumerate(rows):
+                value = values[4 * j + 2 * h + e]
+                if row_scales is not None:
+                    value = ops.multiply(value, row_scales[h])
+                if scale is not None:
+                    value = ops.multiply(value, scale)
+                if offset is not None and row_sums is not None:
+                    value = ops.multiply_add(offset, row_sums[h], value)
+                ops.store_output(bases["out"], value, (split, token, row), (problem.tokens, problem.outputs), dtype)

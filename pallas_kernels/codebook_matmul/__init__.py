@@ -1,0 +1,125 @@
+"""y = x . W^T for weights that are entries of a table, on the tensor core of a Hopper GPU, for any number of tokens.
+
+    W[n, k] = codebook[n, codes[n, k]] * scales[n]                      one table a row, or one for the matrix
+
+    16-bit x:   y[m, n] = sum_k x[m, k] * W[n, k]                       float32 sums, entries exact, scales last
+    8-bit x:    y[m, n] = x_scales[m] * sum_k x[m, k] * W[n, k] + x_offsets[m] * row_sums[n],
+                row_sums[n] = sum_k W[n, k]; the codebook is int8 and its int32 sum exact
+
+The kernel is that of `pallas_kernels.affine_matmul` with another decoder: byte look-ups in registers
+(`pallas_kernels.codebook_matmul.decode`). Words: `pallas_kernels.fragments`, order "rows"; 8-bit x comes in
+`slot_order`. The non-uniform weights are those of SqueezeLLM (arXiv 2306.07629), whose kernel looks every one up in
+shared memory.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.affine_matmul.config import Config, Problem, supported_config
+from pallas_kernels.affine_matmul.kernel import affine_kernel
+from pallas_kernels.codebook_matmul.choice import choose as choose, supported as supported
+from pallas_kernels.codebook_matmul.decode import table_planes, table_words
+from pallas_kernels.codebook_matmul.tables import TableDecoder
+from pallas_kernels.fragments import TILE, fragments_shape
+
+
+def prepare_tables(codebook: jax.Array, dtype: Any) -> jax.Array:
+    """Tables [N or 1, 2**bits] as the kernel reads them for x of `dtype`: uint32 [planes, N padded to 64, or 1].
+
+    Entries are rounded to a 16-bit `dtype`; for int8 the codebook has to be int8, its scale apart.
+    """
+    if jnp.dtype(dtype) == jnp.int8 and codebook.dtype != jnp.int8:
+        raise ValueError(
+            f"8-bit activations need an int8 codebook, got {codebook.dtype}; snap it to a grid a row first"
+        )
+    planes = table_planes(codebook.astype(dtype))
+    return planes if planes.shape[1] == 1 else jnp.pad(planes, ((0, 0), (0, -planes.shape[1] % TILE)))
+
+
+def codebook_matmul(
+    x: jax.Array,
+    words: jax.Array,
+    tables: jax.Array,
+    scales: jax.Array | None = None,
+    *,
+    bits: int,
+    outputs: int,
+    x_scales: jax.Array | None = None,
+    x_offsets: jax.Array | None = None,
+    row_sums: jax.Array | None = None,
+    out_dtype: Any = None,
+    config: Config | None = None,
+    multiplier: bool | None = None,
+) -> jax.Array:
+    """y [M, outputs], of `out_dtype` (that of 16-bit x; bfloat16 for 8-bit x); equations in the module.
+
+    x [M, K] bfloat16, float16, or int8 codes in slot order; words uint32 [ceil(N/64), ceil(K/64), bits, 128]; tables
+    from `prepare_tables`, for the dtype of x; scales [N]. x_scales, x_offsets [M] or [M, 1] and row_sums [N] go with
+    8-bit x. multiplier: shift selectors by multiplications; None decides by the number of tokens.
+    ValueError with the reason where there is no kernel, or `config` does not fit.
+    """
+    tokens, inputs = x.shape
+    _check(x, words, tables, scales, bits, outputs, x_scales, x_offsets, row_sums)
+    problem = Problem(tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32")
+    if reason := supported(problem):
+        raise ValueError(f"no codebook kernel: {reason}")
+    config = choose(problem) if config is None else config
+    if reason := supported_config(problem, config):
+        raise ValueError(f"{config} does not fit: {reason}")
+    out_dtype = jnp.dtype(out_dtype or (x.dtype if problem.x_bytes == 2 else jnp.bfloat16))
+    # With many tokens a warpgroup has hardly a register to spare, and waits for the tensor core in any case.
+    decoder = TableDecoder(bits, problem.x_bytes, tables.shape[1], tokens <= 64 if multiplier is None else multiplier)
+
+    padding = -tokens % 8 if tokens > 8 else 0
+    arrays = {"words": words, "x": jnp.pad(x, ((0, padding), (0, -inputs % problem.x_columns))), "tables": tables}
+    if scales is not None:
+        arrays["row_scales"] = scales.astype(jnp.float32)
+    if x_scales is not None:
+        arrays["x_scales"] = x_scales.reshape(-1).astype(jnp.float32)
+    offset = None
+    if x_offsets is not None and row_sums is not None:
+        offset = x_offsets.reshape(-1).astype(jnp.float32), row_sums.astype(jnp.float32)
+        if config.splits == 1:
+            arrays["x_offsets"], arrays["row_sums"] = offset
+    if config.splits == 1:
+        return affine_kernel(problem, config, arrays, out_dtype, decoder)[0]
+    y = jnp.sum(affine_kernel(problem, config, arrays, jnp.dtype(jnp.float32), decoder), axis=0)
+    if offset is not None:
+        y = y + offset[0][:, None] * offset[1][None, :]
+    return y.astype(out_dtype)
+
+
+def _check(
+    x: jax.Array,
+    words: jax.Array,
+    tables: jax.Array,
+    scales: jax.Array | None,
+    bits: int,
+    outputs: int,
+    x_scales: jax.Array | None,
+    x_offsets: jax.Array | None,
+    row_sums: jax.Array | None,
+) -> None:
+    tokens, inputs = x.shape
+    shapes = [
+        ("words", words, fragments_shape((outputs, inputs), bits)),
+        ("scales", scales, (outputs,)),
+        ("row_sums", row_sums, (outputs,)),
+    ]
+    for name, array, shape in shapes:
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {list(array.shape)}; expected {list(shape)}")
+    planes = table_words(bits, x.dtype.itemsize)
+    padded = -(-outputs // TILE) * TILE
+    if tables.shape not in ((planes, 1), (planes, padded)):
+        raise ValueError(
+            f"tables have shape {list(tables.shape)}; expected [{planes}, 1] or [{planes}, {padded}], what "
+            f"prepare_tables gives for {x.dtype.name}"
+        )
+    for name, array in (("x_scales", x_scales), ("x_offsets", x_offsets)):
+        if array is not None and array.size != tokens:
+            raise ValueError(f"{name} has {array.size} entries; expected one for each of the {tokens} tokens")
+    if (x_offsets is None) != (row_sums is None):
+        raise ValueError("x_offsets and row_sums go together; give both or none")

@@ -1,0 +1,92 @@
+"""Which products have a codebook kernel, and which configuration a shape gets: the one of the least estimated time.
+
+A multiprocessor has three resources that one block of outputs uses at the same time: its share of the memory bandwidth,
+the integer pipe for the look-ups, and the tensor core. The slowest of them is the time of a block; the blocks of a
+multiprocessor follow each other, so the last, incomplete round counts whole. Sums of split inputs are written and read
+once more, by another kernel.
+"""
+
+import functools
+import itertools
+from dataclasses import replace
+
+from pallas_kernels.affine_matmul.config import MULTIPROCESSORS, Config, Problem, supported_config
+from pallas_kernels.codebook_matmul.decode import INTEGER_OPERATIONS
+from pallas_kernels.int_matmul import LONGEST_SUM
+
+# A multiprocessor of an H200, a nanosecond.
+_MEMORY_BYTES = 33.0  # 4.3 TB/s over all
+_CACHE_BYTES = 100.0
+_INTEGER_OPERATIONS = 64 * 1.7
+_PRODUCTS = 2048 * 1.7  # of 16 bits; twice as many of 8
+_BLOCK = 700.0  # tables and outputs of a block
+_STEP = 50.0  # barriers, and the tensor core running dry
+_SECOND_KERNEL = 2500.0
+_OVERHEAD = 0.12  # integer operations a weight beside the look-up
+
+
+def supported(problem: Problem) -> str | None:
+    """None, or the reason why no configuration computes `problem`, a whole-row one without zeros."""
+    if problem.bits not in (2, 3, 4):
+        return f"bits={problem.bits} has no look-up in registers; expected 2, 3 or 4"
+    if problem.x_dtype not in ("bfloat16", "float16", "int8"):
+        return f"activations are {problem.x_dtype}; expected bfloat16, float16 or int8"
+    if problem.inputs < 1 or problem.outputs < 1 or problem.tokens < 1:
+        return f"nothing to multiply: M={problem.tokens}, N={problem.outputs}, K={problem.inputs}"
+    if problem.x_dtype == "int8" and problem.inputs > LONGEST_SUM:
+        return f"K={problem.inputs} products of 8 bits may exceed int32; expected at most {LONGEST_SUM}"
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(problem: Problem) -> Config:
+    """The configuration of the least estimated time. ValueError if none fits."""
+    found = candidates(problem)
+    if not found:
+        raise ValueError(f"no configuration computes {problem}")
+    return min(found, key=lambda config: estimate(problem, config))
+
+
+def candidates(problem: Problem) -> list[Config]:
+    """The configurations that fit.
+
+    Look-ups keep the integer pipe busy only if some warpgroup does not wait for the tensor core: with few tokens there
+    are four that compute. With many, two take all registers.
+    """
+    few = problem.tokens <= 64
+    widths = [width for width in (8, 16, 32, 64) if problem.tokens <= width][:1] if few else [128, 256]
+    parts = ((4, 1), (2, 2), (1, 4)) if few else ((2, 1), (1, 2))
+    found = []
+    for width, (rows, k_parts), block_k, splits in itertools.product(widths, parts, (512, 256, 128), (1, 2, 4, 8)):
+        blocks = -(-problem.outputs // (64 * rows)) * -(-problem.tokens // width) * splits
+        steps = -(-problem.inputs // (block_k * splits))
+        if splits > 1 and (steps < 2 or width == 256):
+            continue
+        config = Config(
+            width, block_k, rows, k_parts, splits, max(2, min(8, steps)), blocks=min(blocks, MULTIPROCESSORS)
+        )
+        while config.stages > 2 and supported_config(problem, config) is not None:
+            config = replace(config, stages=config.stages - 1)
+        if supported_config(problem, config) is None:
+            found.append(config)
+    return found
+
+
+def estimate(problem: Problem, config: Config) -> float:
+    """Nanoseconds that a product takes, roughly; good for comparisons only."""
+    column_blocks = -(-problem.tokens // config.block_m)
+    items = -(-problem.outputs // config.rows) * column_blocks * config.splits
+    steps = -(-problem.inputs // (config.block_k * config.splits))
+    weights = config.rows * steps * config.block_k
+    x_bytes = config.block_m * steps * config.block_k * problem.x_bytes
+    words = weights * problem.bits / 8
+    # tokens of one block of outputs follow each other: only the first finds its words in memory alone
+    memory = words / column_blocks / _MEMORY_BYTES + (words + x_bytes) / _CACHE_BYTES
+    look_ups = weights * (INTEGER_OPERATIONS[problem.bits, problem.x_bytes] + _OVERHEAD) / _INTEGER_OPERATIONS
+    products = weights * config.block_m / (_PRODUCTS * (2 if problem.x_bytes == 1 else 1))
+    time = -(-items // config.blocks) * (max(memory, look_ups, products) + steps * _STEP + _BLOCK)
+    time += (words / _MEMORY_BYTES + x_bytes / _CACHE_BYTES) / steps  # nothing to compute before the first stage
+    if config.splits > 1:
+        sums = config.splits * problem.tokens * problem.outputs * 4
+        time += _SECOND_KERNEL + 2 * sums / (_MEMORY_BYTES * MULTIPROCESSORS)
+    return time
