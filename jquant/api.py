@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jquant.format import checkpoint, tree as trees
 from jquant.format.nested import narrow
 from jquant.format.weights import canonical, is_quantized, shape_of
-from jquant.linear import Implementation, platform, prepare
+from jquant.linear import Implementation, prepare
 from jquant.models import Decoder, ModelConfig
 from jquant.models.decoder import untied
 from jquant.quantize.calibrate import calibrate, split_batches
@@ -141,7 +141,7 @@ def load_text(path: Path) -> str:
 
 def run_dtype(dtype: DTypeLike | None) -> DTypeLike | None:
     """The type to load parameters in when the user named none: float32 on a CPU, else as stored (None)."""
-    return jnp.float32 if dtype is None and platform() == "cpu" else dtype
+    return jnp.float32 if dtype is None and jax.default_backend() == "cpu" else dtype
 
 
 def transformed(model: Decoder, kind: Kind, sequences: np.ndarray | None = None, seed: int = 0) -> Decoder:

@@ -13,11 +13,7 @@ and residual multiply the transformed x as it is, never the quantized one.
 
 Fields marked § are static: they are part of the tree's structure, hence of the jit key.
 
-Layouts, named by `layout`:
-    "stream"    codes uint32 [N, ceil(K*bits/32)], scales [N, G], codebook [N or 1, 2**bits]: the canonical order,
-                the only one in a checkpoint (`pallas_kernels.packing` draws it)
-    "stream_t"  the same arrays transposed, consecutive output rows in consecutive lanes; made once at load by
-                `jquant.prepare` for a CPU
+Shapes below are those of the "stream" layout, the only one in a checkpoint; `jquant.format.layouts` has the others.
 """
 
 import dataclasses
@@ -30,10 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.format.activations import ActivationQuant
+from jquant.format.layouts import affine_zeros, grid_scales, with_layout, words
 from jquant.format.rotation import Rotation
 from jquant.format.semistructured import SparseAffineWeight, dequantize_semistructured
 from jquant.format.spec import GroupAxis
 from pallas_kernels.packing import pack_codes, unpack_codes
+from pallas_kernels.sparse_matmul import SparseRows
 
 T = TypeVar("T")
 
@@ -57,6 +55,7 @@ class AffineWeight:
     group_axis "out": group g of column k is outputs [g*group_size, ...); scales [G, K], G = ceil(N/group_size).
     The last group may be shorter. zeros are integers in [0, 2**bits), packed as a stream along the axis that is not
     grouped: uint32 [G, ceil(N*bits/32)] ("in") or [G, ceil(K*bits/32)] ("out"); None is symmetric, zero 2**(bits-1).
+    row_sums float32 [N] = sum_k W[n, k] goes with inputs that have offsets; `jquant.prepare` adds it.
     """
 
     codes: jax.Array
@@ -67,6 +66,7 @@ class AffineWeight:
     group_axis: GroupAxis  # §
     shape: tuple[int, int]  # § (N, K)
     layout: str = "stream"  # §
+    row_sums: jax.Array | None = None
 
 
 @_pytree("bits", "shape", "layout")
@@ -74,7 +74,8 @@ class AffineWeight:
 class CodebookWeight:
     """Codes into a table a row, [N, 2**bits], or one table for the matrix, [1, 2**bits], times a scale a row.
 
-    nested holds narrower tables side by side, narrowest first, see `jquant.format.nested`.
+    nested holds narrower tables side by side, narrowest first, see `jquant.format.nested`. tables uint32 is the
+    codebook as a kernel reads it beside bfloat16 inputs; `jquant.prepare` adds it.
     """
 
     codes: jax.Array
@@ -84,6 +85,7 @@ class CodebookWeight:
     shape: tuple[int, int]  # §
     layout: str = "stream"  # §
     nested: jax.Array | None = None  # [N, 2**bits - 2**narrowest]
+    tables: jax.Array | None = None
 
 
 @_pytree()
@@ -91,11 +93,13 @@ class CodebookWeight:
 class OutlierColumns:
     """Input columns kept as they are. Exclusive: the base weight has no code for them, its width is K - k.
 
-    index int32 [k], ascending; weight [N, k].
+    index int32 [k], ascending; weight [N, k]. slots int32 says which column each slot of quantized inputs holds
+    (`pallas_kernels.activation_quantize`); `jquant.prepare` adds it.
     """
 
     index: jax.Array
     weight: jax.Array
+    slots: jax.Array | None = None
 
 
 @_pytree("shape")
@@ -104,7 +108,8 @@ class SparseResidual:
     """Entries kept exactly, as a compressed-row matrix of W - dequantize(base) at their places.
 
     values [nnz], columns [nnz] (uint16 where K <= 65536, else int32), row_pointer int32 [N + 1].
-    rows int32 [nnz] repeats what row_pointer says, a row an entry; `jquant.prepare` adds it, a checkpoint never has it.
+    rows int32 [nnz] repeats what row_pointer says, a row an entry; `by_row` are the entries as a GPU kernel reads them.
+    `jquant.prepare` adds one of them, a checkpoint never has any.
     """
 
     values: jax.Array
@@ -112,6 +117,7 @@ class SparseResidual:
     row_pointer: jax.Array
     shape: tuple[int, int]  # § (N, K)
     rows: jax.Array | None = None
+    by_row: SparseRows | None = None
 
 
 @_pytree()
@@ -223,7 +229,7 @@ def shape_of(weight: Weight) -> tuple[int, int]:
 def dequantize(weight: Weight) -> jax.Array:
     """The dense float32 [N, K] matrix: the specification of every packed type."""
     if isinstance(weight, AffineWeight):
-        codes, scales, zeros = unpack_codes(words(weight), weight.bits, weight.shape[1]), grid_scales(weight), None
+        codes, scales = unpack_codes(words(weight), weight.bits, weight.shape[1]), grid_scales(weight)
         zeros = affine_zeros(weight)
         spread = spread_groups(weight.group_size, weight.group_axis, weight.shape)
         offset = jnp.float32(2 ** (weight.bits - 1)) if zeros is None else spread(zeros.astype(jnp.float32))
@@ -231,7 +237,7 @@ def dequantize(weight: Weight) -> jax.Array:
     if isinstance(weight, CodebookWeight):
         rows, columns = weight.shape
         codes = unpack(weight)
-        table = weight.codebook if weight.layout == "stream" else weight.codebook.T
+        table = weight.codebook.T if weight.layout == "stream_t" else weight.codebook
         table = jnp.broadcast_to(table.astype(jnp.float32), (rows, 2**weight.bits))
         dense = jnp.take_along_axis(table, codes, axis=1)
         return dense if weight.scales is None else dense * weight.scales.astype(jnp.float32)[:, None]
@@ -260,44 +266,16 @@ def entries(residual: SparseResidual) -> jax.Array:
     return jnp.zeros(residual.shape, bool).at[place].set(True)
 
 
-def words(weight: AffineWeight | CodebookWeight) -> jax.Array:
-    """The codes as stream words [N, W], whatever the layout."""
-    return weight.codes if weight.layout == "stream" else weight.codes.T
-
-
-def grid_scales(weight: AffineWeight) -> jax.Array:
-    """scales in their canonical orientation: [N, G] for "in", [G, K] for "out"."""
-    return weight.scales if weight.layout == "stream" else weight.scales.T
-
-
-def affine_zeros(weight: AffineWeight) -> jax.Array | None:
-    """Integer zeros, uint8, shaped like `grid_scales`; None when symmetric."""
-    if weight.zeros is None:
-        return None
-    rows, columns = weight.shape
-    if weight.group_axis == "in":
-        return unpack_codes(weight.zeros, weight.bits, rows).T
-    return unpack_codes(weight.zeros, weight.bits, columns)
-
-
 def canonical(weight: Weight) -> Weight:
     """The same weight as a checkpoint holds it: in the "stream" layout, without what `jquant.prepare` adds."""
     if isinstance(weight, QuantizedLinear):
-        rest = None if weight.residual is None else dataclasses.replace(weight.residual, rows=None)
-        return dataclasses.replace(weight, weight=canonical(weight.weight), residual=rest)
-    return weight if isinstance(weight, SparseAffineWeight) or weight.layout == "stream" else transposed(weight)
-
-
-def transposed(weight: Any) -> Any:
-    """The same weight with its base in the other layout: "stream" becomes "stream_t" and back."""
-    if isinstance(weight, QuantizedLinear):
-        return dataclasses.replace(weight, weight=transposed(weight.weight))
+        rest = None if weight.residual is None else dataclasses.replace(weight.residual, rows=None, by_row=None)
+        kept = None if weight.outliers is None else dataclasses.replace(weight.outliers, slots=None)
+        return dataclasses.replace(weight, weight=canonical(weight.weight), outliers=kept, residual=rest)
     if isinstance(weight, SparseAffineWeight):
         return weight
-    layout = "stream_t" if weight.layout == "stream" else "stream"
-    if isinstance(weight, AffineWeight):
-        return dataclasses.replace(weight, codes=weight.codes.T, scales=weight.scales.T, layout=layout)
-    return dataclasses.replace(weight, codes=weight.codes.T, codebook=weight.codebook.T, layout=layout)
+    added: dict[str, Any] = {"row_sums" if isinstance(weight, AffineWeight) else "tables": None}
+    return with_layout(dataclasses.replace(weight, **added), "stream")
 
 
 def with_rows(residual: SparseResidual) -> SparseResidual:
@@ -340,8 +318,8 @@ def size_bytes(leaf: Any) -> int:
 
     What `jquant.prepare` adds for speed is not stored and not counted.
     """
-    if isinstance(leaf, QuantizedLinear) and leaf.residual is not None:
-        leaf = dataclasses.replace(leaf, residual=dataclasses.replace(leaf.residual, rows=None))
+    if is_quantized(leaf):
+        leaf = jax.eval_shape(canonical, leaf)
     return sum(int(array.size) * array.dtype.itemsize for array in jax.tree.leaves(leaf))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jquant.format import array_store, checkpoint
+from jquant.format.layouts import with_layout
 from jquant.format.leaves import leaf_arrays, leaf_from_arrays
 from jquant.format.weights import (
     AffineWeight,
@@ -24,7 +25,6 @@ from jquant.format.weights import (
     SparseResidual,
     affine_weight,
     codebook_weight,
-    transposed,
 )
 
 HEADER = {"method": "rtn", "seed": 3, "model_config": {"rope_theta": 10000.0, "name": "läma"}, "report": [1, 2.5, None]}
@@ -199,7 +199,7 @@ def test_what_cannot_be_stored_is_refused_before_writing(
 
 def test_device_layouts_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a.weight: layout is 'stream_t'"):
-        checkpoint.save(tmp_path / "x", {"a.weight": transposed(_codebook())}, {})
+        checkpoint.save(tmp_path / "x", {"a.weight": with_layout(_codebook(), "stream_t")}, {})
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jquant.format.layouts import affine_zeros, with_layout
 from jquant.format.validity import validate
 from jquant.format.weights import (
     OutlierColumns,
     QuantizedLinear,
     SparseResidual,
     affine_weight,
-    affine_zeros,
     base_columns,
     bits_per_weight,
     canonical,
@@ -24,7 +24,6 @@ from jquant.format.weights import (
     shape_of,
     size_bytes,
     sparse_residual,
-    transposed,
 )
 
 ROWS, COLUMNS = 6, 37  # no multiple of a group, a word or a period of the stream
@@ -60,7 +59,26 @@ def test_affine_weight_means_its_equation(bits: int, size: int, axis: Any, symme
     validate(weight, "w")
     # one float32 product of numbers that float32 holds exactly
     np.testing.assert_allclose(dequantize(weight), dense, rtol=1e-7)
-    np.testing.assert_array_equal(dequantize(transposed(weight)), dequantize(weight))
+    _layouts_agree(weight, ["stream_t"] + ["fragments"] * (axis == "in" and bits != 5))
+
+
+def _layouts_agree(weight: Any, layouts: list[str]) -> None:
+    for layout in layouts:
+        other = with_layout(weight, layout)
+        assert other.layout == layout
+        np.testing.assert_array_equal(dequantize(other), dequantize(weight))
+        assert size_bytes(other) == size_bytes(weight)  # padding is not stored
+        back = with_layout(other, "stream")
+        for was, now in zip(jax.tree.leaves(weight), jax.tree.leaves(back), strict=True):
+            np.testing.assert_array_equal(now, was)
+
+
+def test_layouts_without_a_way_between_are_refused() -> None:
+    weight, _ = _affine(4, 5, "out")
+    with pytest.raises(ValueError, match="groups of outputs"):
+        with_layout(weight, "fragments")
+    with pytest.raises(ValueError, match="expected one of stream"):
+        with_layout(weight, "rows")
 
 
 @pytest.mark.parametrize(("bits", "rows", "scaled"), [(2, ROWS, False), (3, 1, True), (5, ROWS, True)])
@@ -76,7 +94,7 @@ def test_codebook_weight_means_its_equation(bits: int, rows: int, scaled: bool) 
     if scales is not None:
         dense = dense * scales[:, None].astype(np.float64)
     np.testing.assert_allclose(dequantize(weight), dense, rtol=1e-7)
-    np.testing.assert_array_equal(dequantize(transposed(weight)), dequantize(weight))
+    _layouts_agree(weight, ["stream_t"] + ["fragments"] * (bits != 5))
 
 
 def _layer(columns: int = COLUMNS) -> tuple[QuantizedLinear, np.ndarray]:
@@ -127,7 +145,7 @@ def test_zeros_come_back_as_they_were_packed() -> None:
 
 def test_layouts_are_each_others_inverse() -> None:
     layer, _ = _layer()
-    again = canonical(transposed(layer))
+    again = canonical(dataclasses.replace(layer, weight=with_layout(layer.weight, "stream_t")))
     assert jax.tree.structure(again) == jax.tree.structure(layer)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), again, layer)))
     assert jax.tree.structure(canonical(layer)) == jax.tree.structure(layer)

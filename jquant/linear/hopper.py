@@ -1,0 +1,142 @@
+"""The products of the Pallas kernels on a Hopper GPU.
+
+    y = base(q(transform(x)))  +  kept columns  +  sparse entries          [M, N]
+
+The base is multiplied in packed form, in the layout "fragments" that `jquant.prepare` makes; nothing of the weight's
+size is decoded to memory. Integer activations are quantized first, each token by itself, with the kept columns split
+off in the same pass, and lie in the order of the 8-bit tensor-core operand. What is added to the base is added to
+float32 sums.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jquant.format.activations import ActivationQuant
+from jquant.format.rotation import rotate
+from jquant.format.semistructured import SparseAffineWeight
+from jquant.format.weights import AffineWeight, CodebookWeight, OutlierColumns, QuantizedLinear, base_columns
+from jquant.linear.xla import dense
+from pallas_kernels import activation_quantize, affine_matmul, codebook_matmul, sparse_matmul
+from pallas_kernels.device import no_hopper
+
+Packed = AffineWeight | CodebookWeight
+
+
+def no_fragments(layer: QuantizedLinear) -> str | None:
+    """None if `jquant.prepare` gives the layer the layout of the kernels, else the reason why it does not."""
+    base, act = layer.weight, layer.activation
+    if isinstance(base, SparseAffineWeight):
+        return "no kernel covers a 2:4 pattern"
+    if isinstance(base, AffineWeight) and base.group_axis != "in":
+        return "no kernel covers groups of outputs"
+    if layer.residual is not None and layer.residual.values.dtype != jnp.float16:
+        return f"sparse entries are {layer.residual.values.dtype}; the kernel takes float16"
+    if layer.residual is not None and layer.residual.columns.dtype != jnp.uint16:
+        return f"{layer.residual.shape[1]} inputs; the kernel of sparse entries takes 65536"
+    if act is not None and act.codebook is not None:
+        return "no kernel covers activations by a table"
+    if act is not None and act.outlier_percent:
+        return "no kernel keeps activations exactly in each token"
+    if act is not None and isinstance(base, CodebookWeight):
+        return "no kernel multiplies integer activations by a table of 16-bit entries"
+    if not base.shape[1]:
+        return "every input column is kept: there is no packed part"
+    return _supported(base, act, 1, "bfloat16")
+
+
+def no_kernel(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str | None:
+    """None if `product` serves the layer for so many tokens of such a type, else the reason why it does not."""
+    if reason := no_hopper() or no_fragments(layer):
+        return reason
+    if layer.weight.layout != "fragments" or (layer.residual is not None and layer.residual.by_row is None):
+        return "the weight is not in the kernels' layout: call jq.prepare(model) once after loading"
+    if not tokens:
+        return "there are no tokens"
+    assert not isinstance(layer.weight, SparseAffineWeight)
+    return _supported(layer.weight, layer.activation, tokens, jnp.dtype(dtype).name)
+
+
+def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
+    """What `product` does, in words."""
+    base, act, name = layer.weight, layer.activation, jnp.dtype(dtype).name
+    assert not isinstance(base, SparseAffineWeight)
+    choose = codebook_matmul.choose if isinstance(base, CodebookWeight) else affine_matmul.choose
+    config = choose(_problem(base, act, tokens, name))
+    inputs = name if act is None else f"{act.bits}-bit codes"
+    return f"{base.bits}-bit codes by {inputs}, blocks of {config.rows} outputs x {config.block_m} tokens"
+
+
+def product(x: jax.Array, layer: QuantizedLinear, out_dtype: DTypeLike) -> jax.Array:
+    """x [M, K] -> [M, N], without the bias; `no_kernel` must have been asked."""
+    base, act, kept, rest = layer.weight, layer.activation, layer.outliers, layer.residual
+    if layer.transform is not None:
+        x = rotate(x, layer.transform)
+    kind = out_dtype if kept is None and rest is None else jnp.float32
+    if act is not None:
+        assert isinstance(base, AffineWeight)
+        y, beside = _integers(x, base, act, kept, kind)
+    else:
+        inputs, beside = x, None
+        if kept is not None:
+            inputs, beside = x[:, base_columns(kept.index, base.shape[1])], x[:, kept.index]
+        assert not isinstance(base, SparseAffineWeight)
+        y = _codebook(inputs, base, kind) if isinstance(base, CodebookWeight) else _affine(inputs, base, kind)
+    if kept is not None and beside is not None:
+        y = y + dense(beside, kept.weight)
+    return y if rest is None or rest.by_row is None else sparse_matmul.add_rows(y, x, rest.by_row)
+
+
+def _integers(
+    x: jax.Array, base: AffineWeight, act: ActivationQuant, kept: OutlierColumns | None, out_dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array | None]:
+    """The base by the quantized inputs, and the inputs that were kept."""
+    columns, index = (None, None) if kept is None else (kept.slots, kept.index)
+    count = 0 if kept is None else kept.index.shape[0]
+    in_one = activation_quantize.supported(x.shape[0], x.shape[1], count, x.dtype, act.bits) is None
+    quantize = activation_quantize.quantize_rows if in_one else activation_quantize.quantize
+    tokens = quantize(x, columns, index, bits=act.bits, symmetric=act.symmetric, mode=act.mode)
+    more: dict[str, Any] = {"x_scales": tokens.scales}
+    if tokens.offsets is not None:
+        more |= {"x_offsets": tokens.offsets, "row_sums": base.row_sums}
+    return _affine(tokens.codes, base, out_dtype, **more), tokens.kept
+
+
+def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
+    more |= {"bits": base.bits, "outputs": base.shape[0], "group_size": _group_size(base), "out_dtype": out_dtype}
+    return affine_matmul.affine_matmul(x, base.codes, base.scales, base.zeros, **more)
+
+
+def _codebook(x: jax.Array, base: CodebookWeight, out_dtype: DTypeLike) -> jax.Array:
+    tables = base.tables
+    if tables is None or x.dtype != jnp.bfloat16:
+        tables = codebook_matmul.prepare_tables(base.codebook, x.dtype)
+    more: dict[str, Any] = {"bits": base.bits, "outputs": base.shape[0], "out_dtype": out_dtype}
+    return codebook_matmul.codebook_matmul(x, base.codes, tables, base.scales, **more)
+
+
+def _group_size(base: AffineWeight) -> int | None:
+    return None if base.group_size >= base.shape[1] else base.group_size
+
+
+def _supported(base: Packed, act: ActivationQuant | None, tokens: int, dtype: str) -> str | None:
+    problem = _problem(base, act, tokens, dtype)
+    if isinstance(base, CodebookWeight):
+        return codebook_matmul.supported(problem)
+    return affine_matmul.supported(problem)
+
+
+def _problem(base: Packed, act: ActivationQuant | None, tokens: int, dtype: str) -> affine_matmul.Problem:
+    table = isinstance(base, CodebookWeight)
+    return affine_matmul.Problem(
+        tokens=tokens,
+        outputs=base.shape[0],
+        inputs=base.shape[1],
+        bits=base.bits,
+        group_size=None if table else _group_size(base),
+        has_zeros=not table and base.zeros is not None,
+        x_dtype=dtype if act is None else "int8",
+        scale_dtype="float32" if table else base.scales.dtype.name,
+    )

@@ -1,0 +1,153 @@
+"""The seam on a Hopper GPU: which layers take a kernel and why others do not, and the products themselves."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jquant.format.activations import ActivationQuant, quantize_tokens
+from jquant.format.weights import (
+    OutlierColumns,
+    QuantizedLinear,
+    affine_weight,
+    codebook_weight,
+    dequantize,
+    shape_of,
+    size_bytes,
+    sparse_residual,
+)
+from jquant.linear import choose, hopper, linear, preparation, prepare, xla
+from pallas_kernels import device
+from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
+
+N, K = 130, 200  # no multiple of a tile
+
+
+def _affine(bits: int, size: int | None, symmetric: bool = False, columns: int = K, rows: int = N) -> Any:
+    rng = np.random.default_rng(bits)
+    groups = (rows, 1 if size is None else -(-columns // size))
+    codes = jnp.asarray(rng.integers(0, 2**bits, (rows, columns), dtype=np.uint8))
+    zeros = None if symmetric else jnp.asarray(rng.integers(0, 2**bits, groups, dtype=np.uint8))
+    scales = jnp.asarray(rng.uniform(0.5, 1.5, groups), jnp.float16)
+    return affine_weight(codes, scales, zeros, bits, size, "in")
+
+
+def _codebook(bits: int, rows: int = N) -> Any:
+    rng = np.random.default_rng(bits)
+    codes = jnp.asarray(rng.integers(0, 2**bits, (rows, K), dtype=np.uint8))
+    return codebook_weight(codes, jnp.asarray(rng.normal(size=(rows, 2**bits)), jnp.float16), bits)
+
+
+def _quik(bits: int, symmetric: bool) -> QuantizedLinear:
+    rng = np.random.default_rng(5)
+    kept = OutlierColumns(jnp.asarray([3, 64, 65, 199], jnp.int32), jnp.asarray(rng.normal(size=(N, 4)), jnp.float16))
+    act = ActivationQuant(None, None, bits, symmetric=symmetric)
+    return QuantizedLinear(_affine(4, None, True, K - 4), kept, activation=act)
+
+
+def _residual(dtype: Any = jnp.float16) -> QuantizedLinear:
+    mask = jnp.asarray(np.random.default_rng(0).random((N, K)) < 0.02)
+    values = jnp.asarray(np.random.default_rng(1).normal(size=(N, K)), jnp.float32)
+    return QuantizedLinear(_codebook(3), residual=sparse_residual(mask, values, dtype))
+
+
+LAYERS = {
+    "w4-g64": _affine(4, 64),
+    "w4-g128-sym": _affine(4, 128, symmetric=True),
+    "w3-g64": _affine(3, 64),
+    "w2-g64": _affine(2, 64),
+    "w8": _affine(8, None),
+    "w3-codebook": _codebook(3),
+    "w4-codebook": _codebook(4),
+    "w4-codebook of one row": _codebook(4, 1),
+    "w4a8-g64": QuantizedLinear(_affine(4, 64, symmetric=True), activation=ActivationQuant(None, None, 8)),
+    "w3-codebook+s2%": _residual(),
+    "w4a4+o4": _quik(4, False),
+    "w4a8+o4": _quik(8, True),
+}
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the device were a Hopper GPU: programs can be lowered for it, not run."""
+    monkeypatch.setattr(hopper, "no_hopper", lambda: None)
+    monkeypatch.setattr(preparation, "no_hopper", lambda: None)
+    for module in (preparation, xla):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("name", LAYERS)
+def test_prepared_layers_lower_to_a_kernel_and_keep_their_meaning(name: str) -> None:
+    w = LAYERS[name]
+    ready = prepare(w)
+    np.testing.assert_array_equal(dequantize(ready), dequantize(w))
+    assert size_bytes(ready) == size_bytes(w)
+    for tokens in (1, 20):
+        assert choose(ready, tokens).implementation == "pallas"
+        x = jax.ShapeDtypeStruct((tokens, shape_of(w)[1]), jnp.bfloat16)
+        program = lower_for_gpu(linear, x, ready)
+        assert "mosaic_gpu" in program
+        beside = isinstance(w, QuantizedLinear) and (w.activation is not None) + (w.residual is not None)
+        assert count_kernels(program) == int(beside)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_what_no_kernel_serves_says_why() -> None:
+    for w, reason in (
+        (_affine(4, 32), "not a multiple of 64"),
+        (_affine(5, 64), "bits=5"),
+        (dataclasses.replace(LAYERS["w4a4+o4"], activation=ActivationQuant(jnp.zeros(16), None, 4)), "by a table"),
+        (_residual(jnp.float32), "sparse entries are float32"),
+    ):
+        ready = prepare(w)
+        choice = choose(ready, 4)
+        assert choice.implementation.startswith("xla")
+        with pytest.raises(ValueError, match=reason):
+            choose(ready, 4, "pallas")
+    with pytest.raises(ValueError, match=r"call jq\.prepare"):
+        choose(LAYERS["w4-g64"], 4, "pallas")
+    with pytest.raises(ValueError, match="float32"):
+        choose(prepare(LAYERS["w4-g64"]), 4, "pallas", jnp.float32)
+    with pytest.raises(ValueError, match="no tokens"):
+        choose(prepare(LAYERS["w4-g64"]), 0, "pallas")
+    assert choose(prepare(LAYERS["w4-g64"]), 4, "xla").implementation == "xla fused"
+
+
+def test_elsewhere_the_device_is_the_reason() -> None:
+    if device.no_hopper() is None:
+        pytest.skip("the device is a Hopper GPU")
+    with pytest.raises(ValueError, match="kernels are for"):
+        choose(LAYERS["w4-g64"], 4, "pallas")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("tokens", [1, 3, 17, 130, 300])
+def test_the_product_is_that_of_the_decoded_weight(name: str, tokens: int) -> None:
+    if reason := device.no_hopper():
+        pytest.skip(reason)
+    w = LAYERS[name]
+    x = jnp.asarray(np.random.default_rng(tokens).normal(size=(tokens, shape_of(w)[1])), jnp.bfloat16)
+    y = jax.jit(linear, static_argnames="implementation")(x, prepare(w), implementation="pallas")
+    expected = _expected(x, w)
+    assert y.dtype == jnp.bfloat16 and y.shape == expected.shape
+    # bfloat16 outputs round to 2**-9; tables are rounded to bfloat16 too, and weights scaled in 16 bits for many tokens
+    error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+    assert error <= (3.5e-3 if tokens > 128 or "codebook" in name else 2.5e-3)
+
+
+def _expected(x: jax.Array, w: Any) -> np.ndarray:
+    exact, layer = np.asarray(x, np.float64), w if isinstance(w, QuantizedLinear) else QuantizedLinear(w)
+    if layer.activation is None:
+        return exact @ np.asarray(dequantize(w), np.float64).T
+    kept = np.zeros(0, int) if layer.outliers is None else np.asarray(layer.outliers.index)
+    base = np.setdiff1d(np.arange(exact.shape[1]), kept)
+    codes, scales, offsets = quantize_tokens(x[:, base], layer.activation)
+    seen = np.asarray(scales, np.float64) * np.asarray(codes, np.float64)
+    seen = seen if offsets is None else seen + np.asarray(offsets, np.float64)
+    y = seen @ np.asarray(dequantize(layer.weight), np.float64).T
+    return y if layer.outliers is None else y + exact[:, kept] @ np.asarray(layer.outliers.weight, np.float64).T
