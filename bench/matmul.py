@@ -1,0 +1,253 @@
+"""One linear layer on a GPU: `python -m bench.matmul [--shapes GLOB ...] [--ops GLOB ...] [--tokens 1,16,...]`.
+
+Every row is `jq.linear` of a packed weight as `jq.prepare` leaves it, under jit, activations quantized inside where
+the spec says so: device time by CUPTI (median, weights read in turns so that none stays in the L2 cache) beside XLA's
+dense bfloat16 product of the same shape in the same process. "xla int4" and "xla w8a8" are the two plain JAX forms
+that XLA fuses itself, always measured; --implementation xla shows what XLA alone makes of our weights.
+
+    ceiling   the ratio that the roofline allows: bytes over the copy bandwidth, or operations over the peak, of this
+              run, against those of bfloat16
+    bandwidth percent of the copy bandwidth at which the packed weight, the tokens and the outputs pass
+    error     relative Frobenius error against float32 arithmetic on the decoded weight; activations as quantized
+
+Random weights: a layer of [N, K] is named by its model and place. Results go to bench/results and into the README.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jquant as jq
+from bench import record
+from bench.device_time import ceilings, copies_of, device_time
+from jquant.format.activations import ActivationQuant, fake_quantize
+from jquant.format.spec import QuantSpec
+from jquant.format.weights import affine_weight, base_columns, codebook_weight, sparse_residual
+from jquant.linear.choice import choose
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048)
+QUICK = (1, 16, 64, 256, 2048)
+HEADLINE = "70b gate"
+SHAPES = {
+    HEADLINE: (28672, 8192),
+    "7b qkv": (12288, 4096),
+    "7b o": (4096, 4096),
+    "7b gate+up": (22016, 4096),
+    "7b down": (4096, 11008),
+    "13b qkv": (15360, 5120),
+    "13b o": (5120, 5120),
+    "13b gate+up": (27648, 5120),
+    "13b down": (5120, 13824),
+    "70b qkv": (10240, 8192),
+    "70b o": (8192, 8192),
+    "70b gate+up": (57344, 8192),
+    "70b down": (8192, 28672),
+    "llama-3-8b qkv": (6144, 4096),
+    "llama-3-8b gate+up": (28672, 4096),
+    "llama-3-8b down": (4096, 14336),
+}
+
+
+class Op(NamedTuple):
+    """A kind of packed layer: its spec, and the bits of its activations in the product."""
+
+    label: str
+    spec: str
+    note: str = ""
+
+
+OPS = (
+    Op("W4A16 g128", "w4-g128-sym"),
+    Op("W4A16 g128, zeros", "w4-g128"),
+    Op("W4A8 g128", "w4a8-g128-sym-actsym"),
+    Op("W3A16 codebook", "w3-codebook"),
+    Op("W3A16 codebook + 0.45 %", "w3-codebook+s0.45%"),
+    Op("W4A16 codebook", "w4-codebook"),
+    Op("W8A8", "w8a8-sym-actsym"),
+    Op("QUIK W4A4, 256 columns", "w4a4-sym+o256"),
+    Op("W3A16 g128", "w3-g128-sym"),
+    Op("W2A16 g128", "w2-g128-sym"),
+    Op("W8A16", "w8-sym"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["*"], metavar="GLOB")
+    parser.add_argument("--ops", nargs="+", default=["*"], metavar="GLOB")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--quick", action="store_true", help=f"{HEADLINE} and 7b o, {len(QUICK)} numbers of tokens")
+    parser.add_argument("--implementation", choices=("xla", "pallas"))
+    parser.add_argument("--out", type=Path, help="(default: in bench/results)")
+    options = parser.parse_args()
+    tokens = QUICK if options.quick else tuple(int(text) for text in options.tokens.split(","))
+    wanted = [HEADLINE, "7b o"] if options.quick else options.shapes
+    shapes = {name: shape for name, shape in SHAPES.items() if any(fnmatchcase(name, each) for each in wanted)}
+    ops = [op for op in OPS if any(fnmatchcase(op.label, each) for each in options.ops)]
+    if not shapes or not ops:
+        parser.error(f"nothing matches; shapes: {', '.join(SHAPES)}; ops: {', '.join(op.label for op in OPS)}")
+
+    result: dict[str, Any] = {"environment": record.environment(), "ceilings": ceilings(), "rows": []}
+    print("  ".join(f"{name} {value:.3g}" for name, value in result["ceilings"].items()), flush=True)
+    for name, (n, k) in shapes.items():
+        dense = {m: dense_time(n, k, m) for m in tokens}
+        for op, run in [(op, functools.partial(measure, op)) for op in ops] + baselines():
+            for m in tokens:
+                row = {"op": op.label, "spec": op.spec, "shape": name, "n": n, "k": k, "m": m, "dense_us": dense[m]}
+                try:
+                    row |= run(n, k, m, options.implementation)
+                    row |= compare(row, result["ceilings"])
+                except Exception as error:
+                    row["error_text"] = f"{type(error).__name__}: {error}"[:300]
+                result["rows"].append(row)
+                print(describe(row), flush=True)
+        if options.out is not None:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.out is None:
+        record.save("matmul", result)
+
+
+def dense_time(n: int, k: int, m: int) -> float:
+    copies = copies_of(2 * n * k)
+    weights = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(copies)]
+    return device_time(jax.jit(lambda x, w: x @ w.T), tokens_of(m, k), weights)
+
+
+def tokens_of(m: int, k: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(99), (m, k), jnp.bfloat16)
+
+
+@functools.lru_cache(maxsize=1)
+def weights_of(spec: str, n: int, k: int) -> list[Any]:
+    """Random packed weights, prepared."""
+    parsed = QuantSpec.parse(spec)
+    first = random_weight(parsed, n, k, 0)
+    count = copies_of(jq.size_bytes(first))
+    return [jq.prepare(random_weight(parsed, n, k, i)) for i in range(count)]
+
+
+def random_weight(spec: QuantSpec, n: int, k: int, seed: int) -> Any:
+    keys = jax.random.split(jax.random.key(seed), 6)
+    columns = k - spec.outliers
+    codes = jax.random.randint(keys[0], (n, columns), 0, 2**spec.bits).astype(jnp.uint8)
+    if spec.grid == "codebook":
+        table = jnp.sort(jax.random.normal(keys[1], (n, 2**spec.bits)), axis=1).astype(jnp.float16)
+        base: Any = codebook_weight(codes, table, spec.bits)
+    else:
+        groups = -(-columns // (spec.group_size or columns))
+        scales = jax.random.uniform(keys[1], (n, groups), jnp.float32, 0.01, 0.02).astype(jnp.float16)
+        zeros = None
+        if not spec.symmetric:
+            zeros = jax.random.randint(keys[2], (n, groups), 0, 2**spec.bits).astype(jnp.uint8)
+        base = affine_weight(codes, scales, zeros, spec.bits, spec.group_size, "in")
+    kept = None
+    if spec.outliers:
+        index = jnp.sort(jax.random.permutation(keys[3], k)[: spec.outliers]).astype(jnp.int32)
+        kept = jq.OutlierColumns(index, 0.05 * jax.random.normal(keys[4], (n, spec.outliers), jnp.float16))
+    rest = None
+    if spec.sparse:
+        mask = jax.random.uniform(keys[5], (n, k)) < spec.sparse / 100
+        rest = sparse_residual(mask, jnp.ones((n, k), jnp.float16), jnp.float16)
+    act = spec.activation
+    quantizer = None if act is None else ActivationQuant(None, None, act.bits, act.symmetric)
+    return jq.QuantizedLinear(base, kept, rest, activation=quantizer)
+
+
+def measure(op: Op, n: int, k: int, m: int, implementation: Any) -> dict[str, Any]:
+    weights, x = weights_of(op.spec, n, k), tokens_of(m, k)
+    run = jax.jit(functools.partial(jq.linear, implementation=implementation))
+    us = device_time(run, x, weights)
+    return {
+        "us": us,
+        "bytes": jq.size_bytes(weights[0]) + 2 * m * (k + n),
+        "path": choose(weights[0], m, implementation).implementation,
+        "error": error_of(run(x, weights[0]), x, weights[0]),
+        "int8": weights[0].activation is not None,
+    }
+
+
+def error_of(y: jax.Array, x: jax.Array, w: Any) -> float:
+    """Against float32 on the decoded weight, and on the activations as they are quantized."""
+
+    @jax.jit
+    def exact(x: jax.Array, w: Any) -> jax.Array:
+        x = x.astype(jnp.float32)
+        kept = w.outliers
+        columns = x if kept is None else x[:, base_columns(kept.index, w.weight.shape[1])]
+        columns = columns if w.activation is None else fake_quantize(columns, w.activation)
+        dense = jq.dequantize(jq.QuantizedLinear(w.weight, residual=w.residual))
+        total = jnp.dot(columns, dense.T, precision="highest")
+        if kept is None:
+            return total
+        return total + jnp.dot(x[:, kept.index], kept.weight.astype(jnp.float32).T, precision="highest")
+
+    expected = exact(x[:64], w)
+    return float(jnp.linalg.norm(y[:64].astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
+
+
+def baselines() -> list[tuple[Op, Callable[..., dict[str, Any]]]]:
+    """The plain JAX forms that XLA fuses itself."""
+
+    def int4(n: int, k: int, m: int, _: Any) -> dict[str, Any]:
+        def made(seed: int) -> tuple[jax.Array, jax.Array]:
+            codes = jax.random.randint(jax.random.key(seed), (n, k), -8, 8).astype(jnp.int4)
+            return codes, jnp.full((n,), 0.01, jnp.bfloat16)
+
+        run = jax.jit(lambda x, w: (x @ w[0].astype(jnp.bfloat16).T) * w[1])
+        us = device_time(run, tokens_of(m, k), [made(i) for i in range(copies_of(n * k // 2))])
+        return {"us": us, "bytes": n * k // 2 + 2 * m * (k + n), "path": "xla", "error": None, "int8": False}
+
+    def w8a8(n: int, k: int, m: int, _: Any) -> dict[str, Any]:
+        def run(x: jax.Array, w: tuple[jax.Array, jax.Array]) -> jax.Array:
+            scale = jnp.max(jnp.abs(x), axis=1, keepdims=True).astype(jnp.float32) / 127
+            codes = jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int8)
+            y = jax.lax.dot_general(codes, w[0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+            return (y.astype(jnp.float32) * scale * w[1]).astype(jnp.bfloat16)
+
+        def made(seed: int) -> tuple[jax.Array, jax.Array]:
+            codes = jax.random.randint(jax.random.key(seed), (n, k), -127, 128).astype(jnp.int8)
+            return codes, jnp.full((n,), 0.01, jnp.float32)
+
+        us = device_time(jax.jit(run), tokens_of(m, k), [made(i) for i in range(copies_of(n * k))])
+        return {"us": us, "bytes": n * k + 2 * m * (k + n), "path": "xla", "error": None, "int8": True}
+
+    return [(Op("xla int4 per row", "int4"), int4), (Op("xla w8a8", "int8"), w8a8)]
+
+
+def compare(row: dict[str, Any], measured: dict[str, float]) -> dict[str, Any]:
+    """Ratio to dense, the ratio that the roofline allows, and the share of the copy bandwidth."""
+    n, k, m, copy = row["n"], row["k"], row["m"], measured["copy_bytes_per_second"]
+    peaks = {name: measured[f"{name}_operations_per_second"] for name in ("bfloat16", "int8")}
+
+    def floor(count_bytes: float, peak: float) -> float:
+        return 1e6 * max(count_bytes / copy, 2 * n * k * m / peak)
+
+    dense = floor(2 * (n * k + m * (n + k)), peaks["bfloat16"])
+    own = floor(row["bytes"], peaks["int8" if row["int8"] else "bfloat16"])
+    return {
+        "ratio": row["dense_us"] / row["us"],
+        "ceiling": dense / own,
+        "bandwidth": 100 * 1e6 * row["bytes"] / row["us"] / copy,
+    }
+
+
+def describe(row: dict[str, Any]) -> str:
+    head = f"{row['op']:24s} {row['shape']:18s} M={row['m']:<5d}"
+    if "error_text" in row:
+        return f"{head} {row['error_text']}"
+    error = "" if row["error"] is None else f"  error {row['error']:.1e}"
+    return (
+        f"{head} {row['us']:9.1f} us  {row['ratio']:5.2f}x of {row['dense_us']:8.1f}  ceiling {row['ceiling']:5.2f}  "
+        f"{row['bandwidth']:5.1f} %  {row['path']}{error}"
+    )
+
+
+if __name__ == "__main__":
+    main()
