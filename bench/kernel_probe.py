@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import queue
-import statistics
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bench.device_time import device_time
 from pallas_kernels import affine_matmul as affine
 from pallas_kernels.fragments import fragments_shape, slot_order, unpack_fragments
 
@@ -67,8 +67,7 @@ class Row:
             return f"{self.kind.name} M={self.m} N={self.n} K={self.k} chosen"
         c = self.config
         blocks = f"{c.block_m}x{c.block_k} wg {c.row_warpgroups}x{c.k_warpgroups}"
-        how = f"{c.scale}{' halves' * (c.halves == 2)}{' continuous' * c.continuous}"
-        return f"{self.kind.name} M={self.m} N={self.n} K={self.k} {blocks} /{c.splits} st {c.stages} {how}"
+        return f"{self.kind.name} M={self.m} N={self.n} K={self.k} {blocks} /{c.splits} st {c.stages} {c.scale}"
 
 
 def problem_of(row: Row) -> affine.Problem:
@@ -76,7 +75,7 @@ def problem_of(row: Row) -> affine.Problem:
     return affine.Problem(row.m, row.n, row.k, kind.bits, kind.group_size, kind.zeros, kind.x, "bfloat16")
 
 
-Cut = tuple[int, int, int, int, int, int, bool]  # block_m, block_k, row and k warpgroups, splits, halves, continuous
+Cut = tuple[int, int, int, int, int]  # block_m, block_k, row and k warpgroups, splits
 
 
 def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
@@ -84,33 +83,28 @@ def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
     whole = n > 132 * 64  # blocks of 64 outputs are enough for all multiprocessors
     if m <= 16:
         width = 8 if m <= 8 else 16
-        if whole:
-            rest = [(512, 2, 2, 1, False), (512, 2, 2, 1, True), (256, 4, 1, 1, True), (1024, 1, 4, 1, True)]
-        else:
-            rest = [(512, 2, 2, 4, False), (512, 2, 2, 4, True), (512, 1, 4, 1, False), (1024, 1, 4, 1, True)]
-        return [(width, block_k, rows, parts, splits, 1, c) for block_k, rows, parts, splits, c in rest]
+        large, small = (
+            ((512, 2, 2, 1), (256, 4, 1, 1), (1024, 1, 4, 1)),
+            ((512, 2, 2, 4), (512, 1, 4, 1), (1024, 1, 4, 1)),
+        )
+        return [(width, *rest) for rest in (large if whole else small)]
     if m <= 64:
-        if whole:
-            own = [(128, 4, 1, 1, 1, False), (128, 4, 1, 1, 2, True), (256, 2, 2, 1, 2, True), (256, 2, 1, 1, 1, True)]
-        else:
-            own = [(128, 4, 1, 8, 1, False), (512, 1, 4, 1, 2, True), (256, 2, 2, 4, 2, True), (256, 1, 2, 2, 2, True)]
-        return [(64, *rest) for rest in own]
-    if kind.x != "int8":
-        own = [(128, 2, 1, splits, 1, c) for splits in ((1,) if whole or m > 256 else (1, 2, 4)) for c in (False, True)]
-        return [*[(256, *rest) for rest in own], (128, 128, 2, 1, 1, 2, True), (128, 128, 3, 1, 1, 1, True)]
+        large, small = (
+            ((128, 4, 1, 1), (256, 2, 2, 1), (256, 2, 1, 1)),
+            ((128, 4, 1, 8), (512, 1, 4, 1), (256, 1, 2, 2)),
+        )
+        return [(64, *rest) for rest in (large if whole else small)]
     splits = 1 if whole or m > 256 else 2
-    found: list[Cut] = [(128, 256, 2, 1, splits, halves, c) for halves, c in ((1, False), (2, False), (2, True))]
-    if kind.group_size is None:
-        found.append((256, 128, 2, 1, splits, 2, True))
-    found += [(160, 256, 2, 1, 1, 2, True)] if m > 256 else [(64, 256, 2, 1, 1, 2, True)]
-    return [*found, (128, 128, 2, 1, splits, 2, True), (96, 256, 3, 1, 1, 2, True)]
+    if kind.x != "int8":
+        return [(256, 128, 2, 1, splits), (128, 128, 2, 1, 1), (128, 128, 3, 1, 1)]
+    return [(128, 256, 2, 1, splits), (128, 128, 2, 1, splits), (96, 256, 3, 1, 1), (64, 256, 2, 1, 1)]
 
 
 def compared(kind: Kind, m: int, n: int) -> Iterator[affine.Config]:
-    for block_m, block_k, rows, parts, splits, halves, continuous in cuts(kind, m, n):
-        scale = "operand" if halves == 1 and kind.x != "int8" and m > 64 else "sum"
+    for block_m, block_k, rows, parts, splits in cuts(kind, m, n):
+        scale = "operand" if kind.x != "int8" and m > 64 else "sum"
         blocks = min(132, -(-n // (64 * rows)) * -(-m // block_m) * splits)
-        yield affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, halves, continuous)
+        yield affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks)
 
 
 def filled(row: Row) -> Row | None:
@@ -231,27 +225,6 @@ class Bench:
         dense = self.dense_time(row)
         taken = device_time(product, inputs, weights)
         return result | {"error": error, "us": taken, "dense_us": dense, "ratio": dense / taken}
-
-
-def device_time(f: Any, first: Any, copies: list[Any]) -> float:
-    """Microseconds of all kernels of one call f(first, copy), the median over calls that go round the copies.
-
-    What `jax.experimental.mosaic.gpu.profiler.measure` does, whose calls all get the same arrays.
-    """
-    from jax.experimental.mosaic.gpu import profiler
-
-    library: Any = vars(profiler)["mosaic_gpu_lib"]
-    jax.block_until_ready(f(first, copies[0]))
-    calls = max(6, 2 * len(copies))
-    library._mosaic_gpu_ext._cupti_init()
-    try:
-        jax.block_until_ready([f(first, copies[i % len(copies)]) for i in range(calls)])
-    finally:
-        timings = library._mosaic_gpu_ext._cupti_get_timings(True)
-    if not timings or len(timings) % calls:
-        raise ValueError(f"{len(timings)} kernels in {calls} calls; expected as many in each")
-    each = len(timings) // calls
-    return 1000 * statistics.median(sum(t for _, t in timings[i * each : (i + 1) * each]) for i in range(calls))
 
 
 def work(todo: list[Row], dry: bool) -> None:

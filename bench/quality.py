@@ -299,9 +299,13 @@ def merge(out: Path, name: str) -> None:
             raise ValueError(
                 f"{file} and {first} were measured by different protocols; delete one, or use another --out"
             )
-    rows = sorted((each["row"] for each in done.values()), key=lambda row: order.get(row["label"], len(order)))
     errors = [each["row"] for each in stored.values() if "error" in each["row"]]
     about = next(iter(done.values()), {"environment": record.environment(), "protocol": {}})
+    usual = about["environment"].get("device")
+    for each in done.values():  # most rows come from one machine; of others the table says so
+        if (device := each["environment"].get("device")) != usual:
+            each["row"]["device"] = device
+    rows = sorted((each["row"] for each in done.values()), key=lambda row: order.get(row["label"], len(order)))
     result = {"environment": about["environment"], "protocol": about["protocol"], "rows": rows, "errors": errors}
     if done:
         saved = record.save(f"quality-{name}", result)

@@ -13,6 +13,8 @@ MODEL = "smollm2-135m-instruct"
 
 def main() -> None:
     put("quality", quality())
+    put("quantize", quantize())
+    put("kernels", kernels())
     put("speed", speed())
 
 
@@ -51,13 +53,47 @@ def quality_row(row: dict[str, Any]) -> tuple[str, ...]:
     numbers = (row["perplexity_reference_windows"], row["perplexity"], row["second_perplexity"])
     shown = ["" if number is None else f"{number:.2f}" if number < 1000 else f"{number:.0f}" for number in numbers]
     return (
-        row["label"],
+        row["label"] + (f" (on {row['device']})" if "device" in row else ""),
         f"{row['bits_per_weight']:.2f}",
         *shown,
         f"{row['kl']:.3f}",
         f"{row['top1']:.1%}",
         "" if theirs is None else f"{theirs[1]:.2f} at {theirs[0]:.2f}",
     )
+
+
+def quantize() -> str:
+    """Seconds to quantize Llama-2-7B's shape, by method."""
+    rows, devices = [], set()
+    for method in ("squeezellm", "kllm", "quik", "gptq", "lnq"):
+        data = read(f"quantize-llama-2-7b-{method}")
+        devices.add(data["environment"]["device"])
+        beside = (data["peak_bytes"] - data["weight_bytes"]) / 1e9
+        text = f"{data['samples']} x {data['seq_len']}"
+        rows.append((f"{method} {data['spec']}", text, f"{data['projected_seconds']:.0f}", f"{beside:.1f}"))
+    about = (
+        f"Random weights of Llama-2-7B's shape on one {' / '.join(sorted(devices))}, compilation included: the first "
+        "blocks measured, the rest of 32 projected from the last. Memory is what is needed beside the weights."
+    )
+    return f"{about}\n\n{markdown(('method', 'tokens', 'seconds', 'GB'), rows)}"
+
+
+def kernels() -> str:
+    """One linear layer on a GPU: the ratio to dense bfloat16, by the number of tokens."""
+    data = read("matmul")
+    shapes = {row["shape"]: (row["n"], row["k"]) for row in data["rows"]}
+    tables = []
+    for shape, (n, k) in shapes.items():
+        rows = [row for row in data["rows"] if row["shape"] == shape and "ratio" in row]
+        tokens = sorted({row["m"] for row in rows})
+        dense = {row["m"]: row["dense_us"] for row in rows}
+        lines = [("dense bfloat16, us", *(f"{dense[m]:.0f}" for m in tokens))]
+        for op in dict.fromkeys(row["op"] for row in rows):
+            found = {row["m"]: row["ratio"] for row in rows if row["op"] == op}
+            lines.append((op, *(f"{found[m]:.2f}" if m in found else "" for m in tokens)))
+        tables.append(markdown((f"N={n}, K={k}; tokens:", *map(str, tokens)), lines))
+    about = f"One {data['environment']['device']}, device time, times as fast as XLA's dense bfloat16 product."
+    return "\n\n".join([about, *tables])
 
 
 def speed() -> str:

@@ -20,19 +20,17 @@ def candidates(problem: Problem) -> list[Config]:
     found = []
     if tokens <= 16:
         for rows, parts, block_k in ((2, 2, 512), (2, 2, 256), (1, 4, 512), (1, 1, 128)):
-            found.append(Config(wide, block_k, rows, parts))
+            found += [_sized(problem, Config(wide, block_k, rows, parts))]
     elif tokens <= 64:
         for rows, parts, block_k in ((4, 1, 128), (2, 2, 256), (2, 1, 128)):
-            found.append(Config(wide, block_k, rows, parts, halves=2))
+            found += [_sized(problem, Config(wide, block_k, rows, parts))]
     elif problem.x_bytes == 2 and tokens > 128:
-        found += [Config(256, block_k, 2, scale="operand") for block_k in (128, 64)]
-    elif problem.group_size is None and tokens > 128:  # one set of sums: the wide block needs less of the L2 cache
-        found.append(Config(256, 128, 2, halves=2))
+        found += [_sized(problem, Config(256, block_k, 2, scale="operand")) for block_k in (128, 64)]
     if tokens > 64:
-        found += [Config(128, block_k, 2, halves=2) for block_k in (256, 128, 64)]
+        found += [_sized(problem, Config(128, block_k, 2)) for block_k in (256, 128, 64)]
     # whatever the group size: the smallest blocks
-    found += [Config(wide, block_k, 1) for block_k in (128, 64)]
-    return [_sized(problem, choice) for config in found for choice in (replace(config, continuous=True), config)]
+    found += [_sized(problem, Config(wide, block_k, 1)) for block_k in (128, 64)]
+    return found
 
 
 def _sized(problem: Problem, config: Config) -> Config:
@@ -45,8 +43,4 @@ def _sized(problem: Problem, config: Config) -> Config:
     stages = max(2, min(8, steps // splits))
     while stages > 2 and supported_config(problem, replace(config, stages=stages)) is not None:
         stages -= 1
-    # A stage that is returned late needs others to fill the time until its copy is there again.
-    continuous = config.continuous and stages >= min(4, steps // splits)
-    return replace(
-        config, continuous=continuous, stages=stages, splits=splits, blocks=min(config.blocks, blocks * splits)
-    )
+    return replace(config, stages=stages, splits=splits, blocks=min(config.blocks, blocks * splits))

@@ -21,11 +21,7 @@ ScaleWhere = Literal["sum", "operand"]
 class Config:
     """scale: where the scale of a group is multiplied. "sum": every group is summed by itself in float32 (or int32) and
     the sum is scaled, exact weights; "operand": the weight is scaled in 16 bits, which rounds it, and costs fewer
-    registers. Whole-row scales are multiplied at the end in either case.
-
-    halves: into how many sets the tokens of a block are cut: with two, the sums of one are scaled while the tensor core
-    fills the other. continuous: products stay in flight from one stage to the next, which returns the memory of a
-    stage one stage later."""
+    registers. Whole-row scales are multiplied at the end in either case."""
 
     block_m: int
     block_k: int
@@ -35,8 +31,6 @@ class Config:
     stages: int = 4
     scale: ScaleWhere = "sum"
     blocks: int = MULTIPROCESSORS
-    halves: int = 1
-    continuous: bool = False
 
     @property
     def warpgroups(self) -> int:
@@ -103,8 +97,6 @@ def supported_config(problem: Problem, config: Config) -> str | None:
     group = problem.group_size
     if config.block_m % 8 or not 8 <= config.block_m <= 256:
         return f"block_m={config.block_m} is no width of a tensor-core product; expected a multiple of 8 up to 256"
-    if config.halves not in (1, 2) or config.block_m % (8 * config.halves):
-        return f"block_m={config.block_m} has no {config.halves} halves that are widths of a tensor-core product"
     if config.block_k % problem.x_columns or config.block_k % config.k_warpgroups or per_warpgroup % 64:
         return f"block_k={config.block_k} is not whole tiles for {config.k_warpgroups} warpgroups along K"
     if config.k_warpgroups > 1 and per_warpgroup % problem.x_columns:
@@ -119,10 +111,6 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return "an 8-bit operand cannot hold a scaled weight"
     if config.warpgroups + 1 > MOST_WARPGROUPS:
         return f"{config.warpgroups} warpgroups that compute; expected at most {MOST_WARPGROUPS - 1}"
-    if config.continuous and config.halves == 1 and sums_groups(problem, config) and sums_in_flight(config) == 1:
-        return "there are no registers to keep sums in flight from stage to stage"
-    if config.continuous and config.halves * (per_warpgroup // (64 if problem.x_bytes == 2 else 128)) < 2:
-        return "with one product a stage there is none to wait for while another is in flight"
     if accumulators(problem, config) + 40 > config.registers()[1]:
         return f"block_m={config.block_m} needs {accumulators(problem, config)} registers for sums; too many"
     needed = shared_bytes(problem, config)
@@ -137,9 +125,8 @@ def sums_groups(problem: Problem, config: Config) -> bool:
 
 
 def sums_in_flight(config: Config) -> int:
-    """Sets of group sums, of all tokens: with two, one is scaled while the tensor core fills the other."""
-    fits = 3 * config.block_m // 2 + _OTHER_REGISTERS <= config.registers()[1]
-    return 2 if config.halves == 1 and fits else 1
+    """Sets of group sums: with two, one is scaled while the tensor core fills the other."""
+    return 2 if 3 * config.block_m // 2 + _OTHER_REGISTERS <= config.registers()[1] else 1
 
 
 def accumulators(problem: Problem, config: Config) -> int:

@@ -3,11 +3,11 @@
 Integer and packed 16-bit arithmetic is spelled in PTX where the instruction count matters: one `lop3` does any function
 of three bits, so masking a nibble and putting an exponent over it is one instruction.
 
-`multiply_tiles` issues the tensor-core instructions of 64 x 64 tiles of weights, without waiting for them:
+`multiply_tile` issues the tensor-core instructions of one 64 x 64 tile of weights, without waiting for them:
 
     D [64, n] (+)= A [64, 64] B [64, n]     A in registers, B in shared memory, K-major, 128-byte swizzle
 
-    16-bit: 4 x m64 n k16 a tile, D float32        8-bit: 2 x m64 n k32 a tile, D int32
+    16-bit: 4 x m64 n k16, D float32        8-bit: 2 x m64 n k32, D int32
 
 Thread (w, g, t) holds D in n / 2 registers: register 4j + 2h + e is row 16w + g + 8h, column 8j + 2t + e.
 PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
@@ -105,11 +105,6 @@ def load_shared(base: Value, offset: Value, count: int) -> list[Value]:
     return compat.inline_assembly(kinds, [address], text, ",".join(["=r"] * count + ["r"]), False)
 
 
-def unknown_zero(count: Value) -> Value:
-    """Zero, from a register below 2**31, of which the assembler does not know that."""
-    return compat.inline_assembly([compat.i32()], [count], "shr.u32 $0, $1, 31;", "=r,r", True)[0]
-
-
 def load_narrow(space: Literal["shared", "global"], address: Value, dtype: str) -> Value:
     """One bfloat16, float16, float32 (as a float32 register) or uint8 (as an integer register) of memory."""
     pointer = "r" if space == "shared" else "l"
@@ -173,21 +168,13 @@ def columns_descriptor(address: Value, group_stride: int) -> Value:
     return compat.inline_assembly([_i64()], [address], text, "=l,r", True)[0]
 
 
-def multiply_tiles(
-    accumulator: list[Value] | None,
-    fragments: list[list[Value]],
-    descriptor: Value,
-    offsets: list[int],
-    n: int,
-    kind: Operand,
-    keep: Value | None = None,
+def multiply_tile(
+    accumulator: list[Value] | None, fragments: list[list[Value]], descriptor: Value, offset: int, n: int, kind: Operand
 ) -> list[Value]:
-    """Issues D (+)= A B, one instruction a fragment; see the module. Returns registers that are not ready.
+    """Issues D (+)= A B for one tile; see the module. None starts from zero. Returns registers that are not ready.
 
-    accumulator: D, None for any registers, which start from zero. keep: a register that is zero if what `accumulator`
-    holds is to be forgotten; where the assembler cannot know its value, the sums are sure to be in those registers.
-    fragments: four registers for every instruction; offsets: bytes from the descriptor's address to its columns.
-    Nothing may touch what is returned before `wait_for_products`, except another `multiply_tiles`.
+    fragments: four registers for every instruction; offset: bytes from the descriptor's address to the tile's columns.
+    Nothing may touch what is returned before `wait_for_products`, except another `multiply_tile`.
     """
     count = n // 2
     result_kind, letter = (compat.i32(), "r") if kind == "s8" else (compat.f32(), "f")
@@ -199,31 +186,26 @@ def multiply_tiles(
     inputs = [register for fragment in fragments for register in fragment]
     tied = [] if accumulator is None else accumulator
     place = count + len(tied)
-    keep_text = f"${place + len(inputs) + 1}" if keep is not None else str(int(accumulator is not None))
     sums = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
     lines = [
         "{ .reg .pred first, rest; .reg .b64 columns;",
-        f"setp.ne.b32 first, {keep_text}, 0; setp.ne.b32 rest, 1, 0;",
+        f"setp.ne.b32 first, {0 if accumulator is None else 1}, 0; setp.ne.b32 rest, 1, 0;",
         "wgmma.fence.sync.aligned;",
     ]
-    for step, offset in enumerate(offsets):
+    for step in range(len(fragments)):
         a = "{" + ", ".join(f"${place + 4 * step + i}" for i in range(4)) + "}"
-        lines.append(f"add.s64 columns, ${place + len(inputs)}, {offset >> 4};")
+        lines.append(f"add.s64 columns, ${place + len(inputs)}, {(offset >> 4) + 2 * step};")
         lines.append(f"{instruction} {sums}, {a}, columns, {'rest' if step else 'first'}{tail};")
     lines.append("wgmma.commit_group.sync.aligned; }")
     constraints = [f"=&{letter}" if accumulator is None else f"={letter}"] * count
     constraints += [str(i) for i in range(len(tied))] + ["r"] * len(inputs) + ["l"]
-    others = [descriptor]
-    if keep is not None:
-        others.append(keep)
-        constraints.append("r")
     return compat.inline_assembly(
-        [result_kind] * count, [*tied, *inputs, *others], "\n".join(lines), ",".join(constraints), False
+        [result_kind] * count, [*tied, *inputs, descriptor], "\n".join(lines), ",".join(constraints), False
     )
 
 
 def wait_for_products(accumulator: list[Value], in_flight: int) -> list[Value]:
-    """Waits until at most `in_flight` later products are unfinished; the registers returned are ready."""
+    """Waits until at most `in_flight` later tiles are unfinished; the registers returned are ready."""
     letter = "r" if accumulator[0].type == compat.i32() else "f"
     constraints = [f"={letter}"] * len(accumulator) + [str(i) for i in range(len(accumulator))]
     kinds = [register.type for register in accumulator]
@@ -232,7 +214,7 @@ def wait_for_products(accumulator: list[Value], in_flight: int) -> list[Value]:
 
 
 def wait_for_earlier(in_flight: int) -> None:
-    """Waits until at most `in_flight` products are unfinished, for the sake of the operand registers of the others."""
+    """Waits until at most `in_flight` tiles are unfinished, for the sake of the operand registers of the others."""
     compat.inline_assembly([], [], f"wgmma.wait_group.sync.aligned {in_flight};", "", False)
 
 

@@ -23,9 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.affine_matmul.config import Config, Problem
+from pallas_kernels.affine_matmul.config import Config, Problem, sums_groups
 from pallas_kernels.affine_matmul.register_decode import byte_factor
-from pallas_kernels.affine_matmul.warpgroup import Decoder, carried, store_block, warpgroup_finish, warpgroup_step
+from pallas_kernels.affine_matmul.warpgroup import Decoder, store_block, warpgroup_step
 
 Refs = dict[str, Any]
 
@@ -46,7 +46,7 @@ def affine_kernel(
     scratch["full"] = plgpu.Barrier(num_arrivals=len(stage), num_barriers=config.stages)
     scratch["empty"] = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
     sums = config.block_m // 2
-    kind = carried(problem, config)[0][1]
+    kind = jnp.int32 if problem.x_dtype == "int8" and not sums_groups(problem, config) else jnp.float32
     if config.k_warpgroups > 1:
         shape = (config.row_warpgroups, config.k_warpgroups - 1, compat.THREADS * sums)
         scratch["parts"] = plgpu.SMEM(shape, kind)
@@ -54,7 +54,7 @@ def affine_kernel(
         scratch["parts_empty"] = plgpu.Barrier(num_arrivals=1, num_barriers=config.row_warpgroups)
 
     def body(*refs: Any, **shared: Any) -> None:
-        _body(problem, config, out_dtype, decoder, dict(zip((*names, "out"), refs, strict=True)), shared)
+        _body(problem, config, kind, out_dtype, decoder, dict(zip((*names, "out"), refs, strict=True)), shared)
 
     run = plgpu.kernel(
         body,
@@ -84,12 +84,16 @@ def _stage_types(problem: Problem, config: Config) -> dict[str, tuple[tuple[int,
     return types
 
 
-def _body(problem: Problem, config: Config, out_dtype: Any, decoder: Decoder | None, refs: Refs, shared: Refs) -> None:
+def _body(
+    problem: Problem, config: Config, kind: Any, out_dtype: Any, decoder: Decoder | None, refs: Refs, shared: Refs
+) -> None:
     warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_index("block")
     column_blocks = -(-problem.tokens // config.block_m)
     row_blocks = -(-problem.outputs // config.rows)
-    steps = -(-problem.inputs // (config.block_k * config.splits))
+    steps: Any = -(-problem.inputs // (config.block_k * config.splits))
+    if steps == 1:  # Mosaic fails on the registers that a loop carries once it knows that there is one turn
+        steps = jnp.where(block >= 0, jnp.int32(1), jnp.int32(0))
     total = row_blocks * column_blocks * config.splits
     mine = lax.div(total + config.blocks - 1 - block, jnp.int32(config.blocks))
     copying, computing = config.registers()
@@ -130,7 +134,7 @@ def _body(problem: Problem, config: Config, out_dtype: Any, decoder: Decoder | N
         row_part = lax.div(warpgroup, jnp.int32(config.k_warpgroups))
         k_part = lax.rem(warpgroup, jnp.int32(config.k_warpgroups))
         factor = byte_factor(problem.bits, problem.has_zeros) if decoder is None else 1
-        multiply, finish = warpgroup_step(problem, config, decoder), warpgroup_finish(problem, config)
+        multiply = warpgroup_step(problem, config, kind, decoder)
         store = store_block(problem, config, out_dtype, tuple(refs), factor)
         names = [name for name in ("words", "x", "scales", "zeros") if name in shared]
 
@@ -144,25 +148,16 @@ def _body(problem: Problem, config: Config, out_dtype: Any, decoder: Decoder | N
             # early if registers are plenty, since they are kept for as long
             following = load_state(index + 1) if config.block_m <= 64 else ()
 
-            def step(k: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-                done, *sums = carry
+            def step(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                done, sums = carry
                 slot = lax.rem(done, jnp.int32(config.stages))
                 plgpu.barrier_wait(shared["full"].at[slot])
-                sums = multiply([shared[name].at[slot] for name in names], sums, done, row_part, k_part, *state)
-                if config.continuous:  # products of this stage are in flight, those of the stage before are not
+                sums = multiply([shared[name].at[slot] for name in names], sums, row_part, k_part, *state)
+                plgpu.barrier_arrive(shared["empty"].at[slot])
+                return done + 1, sums
 
-                    @pl.when(k > 0)
-                    def _return_earlier() -> None:
-                        plgpu.barrier_arrive(shared["empty"].at[lax.rem(done - 1, jnp.int32(config.stages))])
-                else:
-                    plgpu.barrier_arrive(shared["empty"].at[slot])
-                return done + 1, *sums
-
-            zeros = [jnp.zeros((compat.THREADS * count,), kind) for count, kind in carried(problem, config)]
-            done, *sums = lax.fori_loop(0, steps, step, (done, *zeros))
-            sums = finish(sums)
-            if config.continuous:
-                plgpu.barrier_arrive(shared["empty"].at[lax.rem(done - 1, jnp.int32(config.stages))])
+            zero = jnp.zeros((compat.THREADS * (config.block_m // 2),), kind)
+            done, sums = lax.fori_loop(0, steps, step, (done, zero))
             if config.block_m > 64:
                 following = load_state(index + 1)
             first_row = (row * config.row_warpgroups + row_part) * 64

@@ -3,7 +3,11 @@
 Both functions return the body of a `plgpu.inline_mgpu`: they see registers. A warpgroup is the pair (row_part, k_part):
 64 outputs 64 * row_part.. of the CTA, and block_k / k_warpgroups inputs of every stage.
 
-In which order it decodes, multiplies and scales: `pallas_kernels.affine_matmul.schedule`.
+With scales a group ("sum"), the tiles of a group are summed in registers of their own, and then
+
+    total += scale[n] * sum        (8-bit operands: sum is an exact integer, scale has its power of two taken out)
+
+While the tensor core works on the next group. Otherwise the sums of the whole row stay in place.
 """
 
 import functools
@@ -15,10 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops, register_decode as decode
-from pallas_kernels.affine_matmul.config import Config, Problem, sums_groups
-from pallas_kernels.affine_matmul.schedule import add_scaled, multiply_stage
+from pallas_kernels.affine_matmul.config import Config, Problem, sums_groups, sums_in_flight
 from pallas_kernels.compat import Value, arith, constant
 
+_AHEAD = 2  # tiles whose words are read before they are decoded
 _OPERANDS: dict[str, ops.Operand] = {"bfloat16": "bf16", "float16": "f16", "int8": "s8"}
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 
@@ -37,67 +41,70 @@ class Decoder(Protocol):
         ...
 
 
-def carried(problem: Problem, config: Config) -> list[tuple[int, Any]]:
-    """What goes from stage to stage: registers of a thread and their type.
-
-    The sums of whole rows, which are in flight if `continuous`; or the total of the groups done, and if `continuous`
-    the sums in flight of the last group (of its second half, if there are two) and their two scales.
-    """
-    count = config.block_m // 2
-    product = jnp.int32 if problem.x_dtype == "int8" else jnp.float32
-    if not sums_groups(problem, config):
-        return [(count, product)]
-    if not config.continuous:
-        return [(count, jnp.float32)]
-    return [(count, jnp.float32), (count // config.halves, product), (2, jnp.float32)]
-
-
-def warpgroup_step(problem: Problem, config: Config, decoder: Decoder | None = None) -> Callable[..., Any]:
-    """The function (stage refs, carried, stages done, row_part, k_part, *state) -> carried.
-
-    state: what `decoder.load` gave, if there is a decoder.
-    """
+def warpgroup_step(problem: Problem, config: Config, kind: Any, decoder: Decoder | None = None) -> Callable[..., Any]:
+    """The function (stage refs, sums, row_part, k_part, *state) -> sums, `sums` being block_m / 2 registers of every
+    thread. state: what `decoder.load` gave, if there is a decoder."""
     state_types = [] if decoder is None else [compat.registers_layout(decoder.registers)]
+    count = config.block_m // 2
     swizzle = (plgpu.TilingTransform((8, problem.x_columns)), plgpu.SwizzleTransform(128))
     refs = [plgpu.RefType(), plgpu.RefType(swizzle)]
     if problem.group_size is not None:
         refs += [plgpu.RefType()] * (1 + problem.has_zeros)
-    arrays = carried(problem, config)
-    layouts = [compat.registers_layout(count) for count, _ in arrays]
 
     @plgpu.inline_mgpu(
-        arg_types=(refs, layouts, compat.SCALAR, compat.SCALAR, compat.SCALAR, *state_types),
-        return_type=[compat.registers_type(count, kind) for count, kind in arrays],
+        arg_types=(refs, compat.registers_layout(count), compat.SCALAR, compat.SCALAR, *state_types),
+        return_type=compat.registers_type(count, kind),
     )
-    def step(_: Any, stage: list[Value], carry: list[Any], done: Any, row_part: Any, k_part: Any, *state: Any) -> Any:
+    def step(_: Any, stage: list[Value], sums: Any, row_part: Any, k_part: Any, *state: Any) -> Any:
         reader = _Reader(problem, config, stage, compat.scalar_of(row_part), compat.scalar_of(k_part))
         if decoder is not None:
             reader.decode = functools.partial(decoder.fragments, state=compat.registers_of(state[0]))
-        forget = ops.unknown_zero(compat.scalar_of(done))
-        results = multiply_stage(problem, config, reader, [compat.registers_of(array) for array in carry], forget)
-        return [compat.array_of(registers) for registers in results]
+        return compat.array_of(_multiply_stage(problem, config, reader, compat.registers_of(sums)))
 
     return step
 
 
-def warpgroup_finish(problem: Problem, config: Config) -> Callable[..., Any]:
-    """The function carried -> sums that waits for what is in flight after the last stage."""
-    arrays = carried(problem, config)
+def _multiply_stage(problem: Problem, config: Config, reader: "_Reader", total: list[Value]) -> list[Value]:
+    own_inputs = config.block_k // config.k_warpgroups
+    tiles = own_inputs // 64
+    grouped = sums_groups(problem, config)
+    run = min(problem.group_size or own_inputs, own_inputs) // 64  # tiles that share a scale
+    pipelined = sums_in_flight(config) == 2
+    waiting: tuple[list[Value], list[Value]] | None = None  # sums of the previous group, and its scales
+    sums: list[Value] | None = None if grouped else total
+    words = [reader.words(tile) for tile in range(min(_AHEAD, tiles))]
+    grid: _Grid | None = None
+    for tile in range(tiles):
+        if tile + _AHEAD < tiles:
+            words.append(reader.words(tile + _AHEAD))
+        if tile % run == 0:
+            grid = reader.grid(tile // run)
+        assert grid is not None
+        fragments = reader.fragments(words[tile], grid)
+        sums = ops.multiply_tile(sums, fragments, reader.columns, reader.offset(tile), config.block_m, reader.operand)
+        if not grouped and 0 < tile < tiles - 1:
+            ops.wait_for_earlier(1)  # the registers of the operand before are free
+        if waiting is not None:
+            total = _scaled(total, *waiting, in_flight=1)
+            waiting = None
+        if grouped and (tile + 1) % run == 0:
+            if pipelined and tile + 1 < tiles:
+                waiting = (sums, grid.scales)
+            else:
+                total = _scaled(total, sums, grid.scales, in_flight=0)
+            sums = None
+    return total if grouped else ops.wait_for_products(sums or [], 0)
 
-    @plgpu.inline_mgpu(
-        arg_types=([compat.registers_layout(count) for count, _ in arrays],),
-        return_type=compat.registers_type(*arrays[0]),
-    )
-    def finish(_: Any, carry: list[Any]) -> Any:
-        total, *waiting = [compat.registers_of(array) for array in carry]
-        if waiting:
-            sums, scales = waiting
-            add_scaled(total, config.halves - 1, ops.wait_for_products(sums, 0), scales)
-        elif config.continuous:
-            total = ops.wait_for_products(total, 0)
-        return compat.array_of(total)
 
-    return finish
+def _scaled(total: list[Value], sums: list[Value], scales: list[Value], in_flight: int) -> list[Value]:
+    """total + scale of the row * sums, once these are ready."""
+    ready = ops.wait_for_products(sums, in_flight)
+    if ready[0].type == compat.i32():
+        ready = [ops.to_float(value) for value in ready]
+    return [
+        ops.multiply_add(value, scales[i // 2 % 2], old)
+        for i, (value, old) in enumerate(zip(ready, total, strict=True))
+    ]
 
 
 class _Grid:
@@ -124,8 +131,7 @@ class _Reader:
         self.base = arith.addi(words, arith.muli(first_tile, constant(tile_bytes)))
         # Inputs of k_part begin at a swizzle atom: 1 KiB holds eight tokens and 128 bytes of inputs.
         own_x = arith.addi(x, arith.muli(k_part, constant(own_inputs // problem.x_columns * 1024)))
-        self.group_stride = config.block_k // problem.x_columns * 1024  # bytes from eight tokens to the next eight
-        self.columns = ops.columns_descriptor(own_x, self.group_stride)
+        self.columns = ops.columns_descriptor(own_x, config.block_k // problem.x_columns * 1024)
         row = arith.addi(arith.muli(row_part, constant(64)), _first_row(self.thread))
         self.grids = [(address, row) for address in grids]
         self.decode: Callable[[list[Value]], list[list[Value]]] | None = None
@@ -133,11 +139,10 @@ class _Reader:
     def words(self, tile: int) -> list[Value]:
         return decode.read_tile(self.base, self.thread, tile, self.problem.bits)
 
-    def places(self, tile: int) -> list[int]:
-        """Bytes from the descriptor's address to the columns of each instruction of a tile: 32 bytes of inputs."""
+    def offset(self, tile: int) -> int:
+        """Bytes from the descriptor's address to the columns of a tile."""
         atom, within = divmod(tile * 64, self.problem.x_columns)
-        start = atom * 1024 + within * self.problem.x_bytes
-        return [start + 32 * step for step in range(2 * self.problem.x_bytes)]
+        return atom * 1024 + within * self.problem.x_bytes
 
     def grid(self, run: int) -> _Grid:
         """The scales and zeros of the run-th group of this warpgroup."""
