@@ -77,7 +77,7 @@ def linear(
         last = layer.bias is None and bias is None  # what else is added is added to float32 sums
         kind = jnp.float32 if not last else out_dtype or x.dtype
         if choose(layer, tokens.shape[0], implementation, x.dtype).implementation == "pallas":
-            y = hopper.product(tokens, layer, kind)
+            y: Any = hopper.product(tokens, layer, kind)
         else:
             y = xla.product(tokens, layer)
         y = y.reshape(*x.shape[:-1], shape[0])

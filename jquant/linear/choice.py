@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -41,17 +42,21 @@ def as_layer(w: Any) -> QuantizedLinear:
     return w if isinstance(w, QuantizedLinear) else QuantizedLinear(w)
 
 
+def running_dtype(tree: Any) -> DTypeLike:
+    """The type of a model's activations: that of its largest dense array of floats (its embedding), else bfloat16."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_quantized)
+    dense = [leaf for leaf in leaves if not is_quantized(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return max(dense, key=lambda leaf: leaf.size).dtype if dense else jnp.bfloat16
+
+
 def explain(model: Any, tokens: int) -> str:
     """A table, a row a packed layer: path, bits a weight, bytes, what `linear` takes for so many tokens, the reason.
 
-    Activations are taken to have the type of the model's largest dense array of floats (its embedding), bfloat16
-    where there is none.
+    Activations are taken to have the type of `running_dtype`.
     """
     rows: list[tuple[str, ...]] = [("path", "bits/weight", "bytes", "implementation", "reason")]
-    leaves = trees.leaves(model)
-    dense = [leaf for leaf in leaves.values() if not is_quantized(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)]
-    dtype = max(dense, key=lambda leaf: leaf.size).dtype if dense else jnp.bfloat16
-    for path, leaf in leaves.items():
+    dtype = running_dtype(model)
+    for path, leaf in trees.leaves(model).items():
         if is_quantized(leaf):
             choice = choose(leaf, tokens, dtype=dtype)
             rows.append((path, f"{bits_per_weight(leaf):.3f}", str(size_bytes(leaf)), *choice))

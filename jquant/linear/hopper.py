@@ -8,6 +8,7 @@ off in the same pass, and lie in the order of the 8-bit tensor-core operand. Wha
 float32 sums.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jquant.format.activations import ActivationQuant
 from jquant.format.rotation import rotate
 from jquant.format.semistructured import SparseAffineWeight
 from jquant.format.weights import AffineWeight, CodebookWeight, OutlierColumns, QuantizedLinear, base_columns
-from jquant.linear.xla import dense
+from jquant.linear import xla
 from pallas_kernels import activation_quantize, affine_matmul, codebook_matmul, sparse_matmul
 from pallas_kernels.device import no_hopper
 
@@ -69,8 +70,9 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
     return f"{base.bits}-bit codes by {inputs}, blocks of {config.rows} outputs x {config.block_m} tokens"
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, layer: QuantizedLinear, out_dtype: DTypeLike) -> jax.Array:
-    """x [M, K] -> [M, N], without the bias; `no_kernel` must have been asked."""
+    """x [M, K] -> [M, N], without the bias; `no_kernel` must have been asked. Gradients are those of `xla.product`."""
     base, act, kept, rest = layer.weight, layer.activation, layer.outliers, layer.residual
     if layer.transform is not None:
         x = rotate(x, layer.transform)
@@ -85,8 +87,22 @@ def product(x: jax.Array, layer: QuantizedLinear, out_dtype: DTypeLike) -> jax.A
         assert not isinstance(base, SparseAffineWeight)
         y = _codebook(inputs, base, kind) if isinstance(base, CodebookWeight) else _affine(inputs, base, kind)
     if kept is not None and beside is not None:
-        y = y + dense(beside, kept.weight)
-    return y if rest is None or rest.by_row is None else sparse_matmul.add_rows(y, x, rest.by_row)
+        y = y + xla.dense(beside, kept.weight)
+    if rest is not None and rest.by_row is not None:
+        y = sparse_matmul.add_rows(y, x, rest.by_row)
+    return y.astype(out_dtype)
+
+
+def _forward(x: jax.Array, layer: QuantizedLinear, out_dtype: DTypeLike):
+    return product(x, layer, out_dtype), (x, layer)
+
+
+def _backward(out_dtype: DTypeLike, saved: tuple[jax.Array, QuantizedLinear], cotangent: jax.Array):
+    _, pull = jax.vjp(lambda x, layer: xla.product(x, layer).astype(out_dtype), *saved)
+    return pull(cotangent)
+
+
+product.defvjp(_forward, _backward)
 
 
 def _integers(

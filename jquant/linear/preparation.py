@@ -20,7 +20,7 @@ from jquant.format.weights import (
     with_rows,
 )
 from jquant.linear import hopper
-from jquant.linear.choice import as_layer
+from jquant.linear.choice import as_layer, running_dtype
 from pallas_kernels.activation_quantize import slot_columns
 from pallas_kernels.codebook_matmul import prepare_tables
 from pallas_kernels.device import no_hopper, platform
@@ -31,16 +31,20 @@ def prepare(tree: Any) -> Any:
     """The same model with every packed weight in the form this device reads fastest; once, after loading.
 
     On a CPU the base goes into the "stream_t" layout; on a Hopper GPU, where a kernel takes the layer, into
-    "fragments", with the entries of a residual as its kernel reads them. Else a residual gets the row of each entry
-    beside it. Weights are converted one at a time, so the extra memory is one weight's.
+    "fragments", with the entries of a residual as its kernel reads them; not if the model runs in float32, which no
+    kernel does. Else a residual gets the row of each entry beside it. Weights are converted one at a time, so the
+    extra memory is one weight's.
     """
-    return jax.tree.map(lambda leaf: _prepared(leaf) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
+    kernels = no_hopper() is None and jnp.dtype(running_dtype(tree)).itemsize == 2
+    return jax.tree.map(
+        lambda leaf: _prepared(leaf, kernels) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized
+    )
 
 
-def _prepared(w: Any) -> Any:
+def _prepared(w: Any, kernels: bool) -> Any:
     w = canonical(w)
     layer = as_layer(w)
-    if no_hopper() is None and hopper.no_fragments(layer) is None:
+    if kernels and hopper.no_fragments(layer) is None:
         layer = jax.block_until_ready(_for_hopper(layer))
     else:
         rest = None if layer.residual is None else with_rows(layer.residual)

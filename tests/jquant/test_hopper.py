@@ -113,6 +113,30 @@ def test_kernels_lower_under_vmap_and_shard_map() -> None:
 
 
 @pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("name", ["w4-g64", "w3-codebook+s2%", "w4a8+o4"])
+def test_kernels_have_the_gradients_of_the_decoded_product(name: str) -> None:
+    ready = prepare(LAYERS[name])
+    x = jax.ShapeDtypeStruct((5, shape_of(ready)[1]), jnp.bfloat16)
+    gradient = jax.value_and_grad(lambda x: jnp.sum(linear(x, ready).astype(jnp.float32)))
+    assert "mosaic_gpu" in lower_for_gpu(gradient, x)
+    # the backward pass alone runs anywhere
+    some = jnp.asarray(np.random.default_rng(0).normal(size=x.shape), jnp.bfloat16)
+    layer = ready if isinstance(ready, QuantizedLinear) else QuantizedLinear(ready)
+    pulled, _ = hopper._backward(jnp.float32, (some, layer), jnp.ones((5, N), jnp.float32))
+    if layer.activation is None:
+        expected = np.asarray(dequantize(ready), np.float64).sum(axis=0)
+        # decoded weights and the result are rounded to bfloat16, and some columns nearly cancel
+        np.testing.assert_allclose(np.asarray(pulled[0], np.float64), expected, atol=2**-7 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_a_float32_model_keeps_the_canonical_layout() -> None:
+    model = {"embed": jnp.zeros((8, 4), jnp.float32), "layer": LAYERS["w4-g64"]}
+    assert prepare(model)["layer"].layout == "stream"
+    assert prepare(model | {"embed": jnp.zeros((8, 4), jnp.bfloat16)})["layer"].layout == "fragments"
+
+
+@pytest.mark.usefixtures("on_hopper")
 def test_what_no_kernel_serves_says_why() -> None:
     for w, reason in (
         (_affine(4, 32), "not a multiple of 64"),
