@@ -48,6 +48,7 @@ QUANTIZE_LEVELS = (
 QUANTIZE_ORDER = {part: level for level, parts in enumerate(QUANTIZE_LEVELS) for part in parts}
 CALLS_KERNELS = {
     "jquant.linear",
+    "jquant.format.activations",  # its top-k
     "jquant.format.layouts",
     "jquant.format.weights",
     "jquant.format.semistructured",  # bit packing, as weights

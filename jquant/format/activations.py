@@ -36,6 +36,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import topk_outliers
+from pallas_kernels.device import no_hopper
+
 Mode = Literal["kernel", "simulation"]
 
 SMALLEST_SCALE = 1e-6  # of the "kernel" mode
@@ -160,9 +163,17 @@ def outlier_mask(x: jax.Array, percent: float) -> jax.Array:
         return jnp.zeros(x.shape, bool)
     if 2 * count >= columns:
         return jnp.ones(x.shape, bool)
+    if no_hopper() is None and topk_outliers.supported(tokens, columns, x.dtype) is None:
+        # sorting a token is what a GPU does worst; a mask has no gradient to lose
+        return topk_outliers.mask_rows(jax.lax.stop_gradient(x), count).astype(bool)
+    return mask_by_sorting(x, count)
+
+
+def mask_by_sorting(x: jax.Array, count: int) -> jax.Array:
+    """The `count` largest and `count` smallest values of each token of x [M, K], bool [M, K]; 0 < 2 count < K."""
     x = x.astype(jnp.float32)
     x = jnp.where(x == 0, 0.0, x)  # top_k tells -0 from 0
-    row = jnp.arange(tokens)[:, None]
+    row = jnp.arange(x.shape[0])[:, None]
     mask = jnp.zeros(x.shape, bool)
     for side in (x, -x):
         mask = mask.at[row, jax.lax.top_k(side, count)[1]].set(True)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_matmul import SparseRows, add_rows, gather_sum, prepare_rows, supported, tiles
-from pallas_kernels.sparse_matmul.dense import dense_entries
+from pallas_kernels.sparse_matmul import SparseRows, add_rows, gather_sum, prepare_rows, supported
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
 
@@ -121,55 +120,9 @@ def test_rows_lower_for_a_gpu_as_one_kernel(tokens: int, long: int) -> None:
     assert count_kernels(lower_for_gpu(add_rows, y, x, SparseRows(words, starts, long_rows, long_starts))) == 1
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_tiles_hold_every_entry_at_its_place(dtype: str) -> None:
-    counts = _counts("uneven")
-    counts[10:30] = 70  # tiles of far more than 32 entries, and some of just as many
-    values, columns, pointer, dense = _matrix(counts, 300)
-    slots, overflow = (np.asarray(array) for array in tiles.prepare_tiles(values, columns, pointer, 300, dtype))
-    assert slots.shape == (2, 5, 32)
-    found, linked = np.zeros((128, 320)), 0
-    for i, block in np.ndindex(2, 5):
-        words = [int(word) for word in slots[i, block] if word != tiles.EMPTY]
-        if words and words[-1] & tiles.LINK:
-            first, linked = words.pop() - tiles.LINK, linked + 1
-            words += [int(word) for word in overflow[first + 1 : first + 1 + overflow[first]]]
-        for word in words:
-            place = word >> 16
-            warp, step, thread = place // 2048, place % 2048 // 512, place % 512 // 16
-            register, half = place % 16 // 4, place % 4 // 2
-            row = 64 * i + 16 * warp + thread // 4 + 8 * (register % 2)
-            column = 64 * block + 16 * step + 2 * (thread % 4) + half + 8 * (register // 2)
-            assert found[row, column] == 0
-            found[row, column] = float(np.array([word & 0xFFFF], np.uint16).view(jnp.dtype(dtype))[0])
-    assert 0 < linked < 10 and overflow.size == linked + values.size - np.sum(slots < tiles.EMPTY)
-    expected = dense.astype(np.float32).astype(jnp.dtype(dtype)).astype(np.float64)
-    np.testing.assert_array_equal(found[:70, :300], expected)
-    assert np.count_nonzero(found) == np.count_nonzero(expected)
-
-
-def test_no_entries_make_empty_tiles() -> None:
-    none = np.zeros(0, np.float16), np.zeros(0, np.uint16), np.zeros(71, np.int32)
-    entries = tiles.prepare_tiles(*none, 300, jnp.bfloat16)
-    assert entries.slots.shape == (2, 5, 32) and bool(jnp.all(entries.slots == tiles.EMPTY))
-    assert entries.overflow.shape == (1,)
-
-
-def test_tiles_lower_for_a_gpu() -> None:
-    slots: Any = jax.ShapeDtypeStruct((2, 5, 32), jnp.uint32)
-    entries = tiles.EntryTiles(slots, _shape(99, jnp.uint32))
-    for dtype in (jnp.bfloat16, jnp.float16):
-        run = jax.jit(lambda e, dtype=dtype: dense_entries(e, dtype))
-        assert "mosaic_gpu" in run.trace(entries).lower(lowering_platforms=("cuda",)).as_text()
-    with pytest.raises(ValueError, match="float32"):
-        tiles.prepare_tiles(np.ones(1, np.float16), np.zeros(1, np.uint16), np.array([0, 1]), 64, jnp.float32)
-    with pytest.raises(ValueError, match="do not fit"):
-        tiles.prepare_tiles(np.full(1, 1e6, np.float32), np.zeros(1, np.uint16), np.array([0, 1]), 64, jnp.float16)
-
-
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
-def test_rows_and_tiles_on_the_device() -> None:
+def test_rows_on_the_device() -> None:
     counts = np.random.default_rng(0).poisson(20, 1000)
     counts[[5, 999]] = 4000
     values, columns, pointer, dense = _matrix(counts, 4096)
@@ -181,7 +134,3 @@ def test_rows_and_tiles_on_the_device() -> None:
         expected = 1 + np.asarray(x.astype(jnp.float32), np.float64) @ dense.T
         # 4000 float32 products of order one in the longest rows
         np.testing.assert_allclose(y, expected, atol=1e-3)
-    for dtype in (jnp.bfloat16, jnp.float16):
-        found = dense_entries(tiles.prepare_tiles(values, columns, pointer, 4096, dtype), dtype)
-        exact = jnp.asarray(dense, jnp.float32).astype(dtype)
-        np.testing.assert_array_equal(np.asarray(found[:1000].astype(jnp.float32)), exact.astype(jnp.float32))

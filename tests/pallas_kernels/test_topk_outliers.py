@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.format.activations import keep_count, outlier_mask
+from jquant.format.activations import keep_count, mask_by_sorting, outlier_mask
 from pallas_kernels import topk_outliers as tk
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
@@ -69,4 +69,6 @@ def test_the_kernel_on_the_device_equals_sorting() -> None:
             x = _tokens(columns, dtype)
             for percent in (0.5, 5.0):
                 mask = tk.mask_rows(x, keep_count(percent, columns))
-                np.testing.assert_array_equal(np.asarray(mask).astype(bool), outlier_mask(x, percent))
+                np.testing.assert_array_equal(
+                    np.asarray(mask).astype(bool), mask_by_sorting(x, keep_count(percent, columns))
+                )
