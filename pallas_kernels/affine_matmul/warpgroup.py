@@ -3,11 +3,13 @@
 Both functions return the body of a `plgpu.inline_mgpu`: they see registers. A warpgroup is the pair (row_part, k_part):
 64 outputs 64 * row_part.. of the CTA, and block_k / k_warpgroups inputs of every stage.
 
-With scales a group ("sum"), the tiles of a group are summed in registers of their own, and then
+With scales a group ("sum"), the tiles of a group are summed in registers of their own, and while the tensor core works
+on the next group of the stage
 
     total += scale[n] * sum        (8-bit operands: sum is an exact integer, scale has its power of two taken out)
 
-While the tensor core works on the next group. Otherwise the sums of the whole row stay in place.
+Otherwise the sums of the whole row stay in place. At the end of a stage every product is waited for: one that is still
+in flight reads operand registers that nothing protects across a turn of the loop.
 """
 
 import functools
