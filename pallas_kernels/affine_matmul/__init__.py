@@ -26,7 +26,7 @@ from pallas_kernels.affine_matmul.config import (
     supported as supported,
     supported_config as supported_config,
 )
-from pallas_kernels.affine_matmul.kernel import affine_kernel
+from pallas_kernels.affine_matmul.launch import check_tokens, launch
 from pallas_kernels.fragments import fragments_shape
 
 
@@ -55,7 +55,8 @@ def affine_matmul(
     """
     tokens, inputs = x.shape
     groups = 1 if group_size is None else -(-inputs // group_size)
-    _check(x, words, scales, zeros, bits, outputs, groups, x_scales, x_offsets, row_sums)
+    _check(inputs, words, scales, zeros, bits, outputs, groups)
+    check_tokens(tokens, outputs, x_scales, x_offsets, row_sums)
     if zeros is not None and group_size is None:  # zeros belong to groups: the row is one, longer than any block
         group_size = 1 << max(inputs - 1, 2**14).bit_length()
     problem = Problem(tokens, outputs, inputs, bits, group_size, zeros is not None, x.dtype.name, scales.dtype.name)
@@ -66,27 +67,14 @@ def affine_matmul(
         raise ValueError(f"{config} does not fit: {reason}")
     out_dtype = jnp.dtype(out_dtype or (x.dtype if problem.x_bytes == 2 else jnp.bfloat16))
 
-    padding = -tokens % 8 if tokens > 8 else 0
-    arrays = {"words": words, "x": jnp.pad(x, ((0, padding), (0, -inputs % problem.x_columns)))}
+    weight = {"words": words}
     if group_size is None:
-        arrays["row_scales"] = scales[0].astype(jnp.float32)
+        weight["row_scales"] = scales[0].astype(jnp.float32)
     else:
-        arrays["scales"] = _whole_tiles(scales)
+        weight["scales"] = _whole_tiles(scales)
         if zeros is not None:
-            arrays["zeros"] = _whole_tiles(zeros.astype(jnp.uint8))
-    if x_scales is not None:
-        arrays["x_scales"] = x_scales.reshape(-1).astype(jnp.float32)
-    offset = None
-    if x_offsets is not None and row_sums is not None:
-        offset = x_offsets.reshape(-1).astype(jnp.float32), row_sums.astype(jnp.float32)
-        if config.splits == 1:
-            arrays["x_offsets"], arrays["row_sums"] = offset
-    if config.splits == 1:
-        return affine_kernel(problem, config, arrays, out_dtype)[0]
-    y = jnp.sum(affine_kernel(problem, config, arrays, jnp.dtype(jnp.float32)), axis=0)
-    if offset is not None:
-        y = y + offset[0][:, None] * offset[1][None, :]
-    return y.astype(out_dtype)
+            weight["zeros"] = _whole_tiles(zeros.astype(jnp.uint8))
+    return launch(problem, config, x, weight, x_scales, x_offsets, row_sums, out_dtype)
 
 
 def _whole_tiles(values: jax.Array) -> jax.Array:
@@ -94,33 +82,14 @@ def _whole_tiles(values: jax.Array) -> jax.Array:
 
 
 def _check(
-    x: jax.Array,
-    words: jax.Array,
-    scales: jax.Array,
-    zeros: jax.Array | None,
-    bits: int,
-    outputs: int,
-    groups: int,
-    x_scales: jax.Array | None,
-    x_offsets: jax.Array | None,
-    row_sums: jax.Array | None,
+    inputs: int, words: jax.Array, scales: jax.Array, zeros: jax.Array | None, bits: int, outputs: int, groups: int
 ) -> None:
-    tokens, inputs = x.shape
-    expected: list[tuple[str, jax.Array | None, tuple[int, ...]]] = [
-        ("words", words, fragments_shape((outputs, inputs), bits)),
-        ("row_sums", row_sums, (outputs,)),
-    ]
-    for name, array, shape in expected:
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} has shape {list(array.shape)}; expected {list(shape)}")
+    shape = fragments_shape((outputs, inputs), bits)
+    if words.shape != shape:
+        raise ValueError(f"words has shape {list(words.shape)}; expected {list(shape)}")
     padded = -(-outputs // 64) * 64
     for name, array in (("scales", scales), ("zeros", zeros)):
         if array is not None and (array.shape[0] != groups or array.shape[1] not in (outputs, padded)):
             raise ValueError(
                 f"{name} has shape {list(array.shape)}; expected [{groups}, {outputs}] or padded, [{groups}, {padded}]"
             )
-    for name, array in (("x_scales", x_scales), ("x_offsets", x_offsets)):
-        if array is not None and array.size != tokens:
-            raise ValueError(f"{name} has {array.size} entries; expected one for each of the {tokens} tokens")
-    if (x_offsets is None) != (row_sums is None):
-        raise ValueError("x_offsets and row_sums go together; give both or none")

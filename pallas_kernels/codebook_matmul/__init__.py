@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.affine_matmul.config import Config, Problem, supported_config
-from pallas_kernels.affine_matmul.kernel import affine_kernel
+from pallas_kernels.affine_matmul.launch import check_tokens, launch
 from pallas_kernels.codebook_matmul.choice import choose as choose, supported as supported
 from pallas_kernels.codebook_matmul.decode import table_planes, table_words
 from pallas_kernels.codebook_matmul.tables import TableDecoder
@@ -61,7 +61,8 @@ def codebook_matmul(
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
     tokens, inputs = x.shape
-    _check(x, words, tables, scales, bits, outputs, x_scales, x_offsets, row_sums)
+    _check(x, words, tables, scales, bits, outputs)
+    check_tokens(tokens, outputs, x_scales, x_offsets, row_sums)
     problem = Problem(tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32")
     if reason := supported(problem):
         raise ValueError(f"no codebook kernel: {reason}")
@@ -71,43 +72,16 @@ def codebook_matmul(
     out_dtype = jnp.dtype(out_dtype or (x.dtype if problem.x_bytes == 2 else jnp.bfloat16))
     # With many tokens a warpgroup has hardly a register to spare, and waits for the tensor core in any case.
     decoder = TableDecoder(bits, problem.x_bytes, tables.shape[1], tokens <= 64 if multiplier is None else multiplier)
-
-    padding = -tokens % 8 if tokens > 8 else 0
-    arrays = {"words": words, "x": jnp.pad(x, ((0, padding), (0, -inputs % problem.x_columns))), "tables": tables}
+    weight = {"words": words, "tables": tables}
     if scales is not None:
-        arrays["row_scales"] = scales.astype(jnp.float32)
-    if x_scales is not None:
-        arrays["x_scales"] = x_scales.reshape(-1).astype(jnp.float32)
-    offset = None
-    if x_offsets is not None and row_sums is not None:
-        offset = x_offsets.reshape(-1).astype(jnp.float32), row_sums.astype(jnp.float32)
-        if config.splits == 1:
-            arrays["x_offsets"], arrays["row_sums"] = offset
-    if config.splits == 1:
-        return affine_kernel(problem, config, arrays, out_dtype, decoder)[0]
-    y = jnp.sum(affine_kernel(problem, config, arrays, jnp.dtype(jnp.float32), decoder), axis=0)
-    if offset is not None:
-        y = y + offset[0][:, None] * offset[1][None, :]
-    return y.astype(out_dtype)
+        weight["row_scales"] = scales.astype(jnp.float32)
+    return launch(problem, config, x, weight, x_scales, x_offsets, row_sums, out_dtype, decoder)
 
 
 def _check(
-    x: jax.Array,
-    words: jax.Array,
-    tables: jax.Array,
-    scales: jax.Array | None,
-    bits: int,
-    outputs: int,
-    x_scales: jax.Array | None,
-    x_offsets: jax.Array | None,
-    row_sums: jax.Array | None,
+    x: jax.Array, words: jax.Array, tables: jax.Array, scales: jax.Array | None, bits: int, outputs: int
 ) -> None:
-    tokens, inputs = x.shape
-    shapes = [
-        ("words", words, fragments_shape((outputs, inputs), bits)),
-        ("scales", scales, (outputs,)),
-        ("row_sums", row_sums, (outputs,)),
-    ]
+    shapes = [("words", words, fragments_shape((outputs, x.shape[1]), bits)), ("scales", scales, (outputs,))]
     for name, array, shape in shapes:
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {list(array.shape)}; expected {list(shape)}")
@@ -118,8 +92,3 @@ def _check(
             f"tables have shape {list(tables.shape)}; expected [{planes}, 1] or [{planes}, {padded}], what "
             f"prepare_tables gives for {x.dtype.name}"
         )
-    for name, array in (("x_scales", x_scales), ("x_offsets", x_offsets)):
-        if array is not None and array.size != tokens:
-            raise ValueError(f"{name} has {array.size} entries; expected one for each of the {tokens} tokens")
-    if (x_offsets is None) != (row_sums is None):
-        raise ValueError("x_offsets and row_sums go together; give both or none")

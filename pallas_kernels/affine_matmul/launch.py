@@ -1,0 +1,61 @@
+"""From a checked product to the kernel and back: padding, what goes with the tokens, and sums of split inputs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.affine_matmul.config import Config, Problem
+from pallas_kernels.affine_matmul.kernel import affine_kernel
+from pallas_kernels.affine_matmul.warpgroup import Decoder
+
+
+def launch(
+    problem: Problem,
+    config: Config,
+    x: jax.Array,
+    weight: dict[str, jax.Array],
+    x_scales: jax.Array | None,
+    x_offsets: jax.Array | None,
+    row_sums: jax.Array | None,
+    out_dtype: Any,
+    decoder: Decoder | None = None,
+) -> jax.Array:
+    """y [M, N] in `out_dtype`. weight: the arrays of the weight, named as in `affine_kernel`; x as given, unpadded."""
+    tokens, inputs = x.shape
+    padding = -tokens % 8 if tokens > 8 else 0
+    arrays = {
+        "words": weight["words"],
+        "x": jnp.pad(x, ((0, padding), (0, -inputs % problem.x_columns))),
+        **{name: array for name, array in weight.items() if name != "words"},
+    }
+    if x_scales is not None:
+        arrays["x_scales"] = x_scales.reshape(-1).astype(jnp.float32)
+    offset = None
+    if x_offsets is not None and row_sums is not None:
+        offset = x_offsets.reshape(-1).astype(jnp.float32), row_sums.astype(jnp.float32)
+        if config.splits == 1:
+            arrays["x_offsets"], arrays["row_sums"] = offset
+    if config.splits == 1:
+        return affine_kernel(problem, config, arrays, out_dtype, decoder)[0]
+    y = jnp.sum(affine_kernel(problem, config, arrays, jnp.dtype(jnp.float32), decoder), axis=0)
+    if offset is not None:
+        y = y + offset[0][:, None] * offset[1][None, :]
+    return y.astype(out_dtype)
+
+
+def check_tokens(
+    tokens: int,
+    outputs: int,
+    x_scales: jax.Array | None,
+    x_offsets: jax.Array | None,
+    row_sums: jax.Array | None,
+) -> None:
+    """ValueError unless what goes with 8-bit tokens has their number, and row sums that of the outputs."""
+    for name, array in (("x_scales", x_scales), ("x_offsets", x_offsets)):
+        if array is not None and array.size != tokens:
+            raise ValueError(f"{name} has {array.size} entries; expected one for each of the {tokens} tokens")
+    if row_sums is not None and row_sums.shape != (outputs,):
+        raise ValueError(f"row_sums has shape {list(row_sums.shape)}; expected {[outputs]}")
+    if (x_offsets is None) != (row_sums is None):
+        raise ValueError("x_offsets and row_sums go together; give both or none")
