@@ -270,7 +270,9 @@ def _within(low: int, high: int | None) -> Callable[[str], int]:
 
 def _count_or_percent(text: str) -> int | float:
     """An int for a number of columns, a float for a percentage."""
-    return _real(0, 100)(text[:-1]) if text.endswith("%") else _at_least(0)(text)
+    if not text.endswith("%"):
+        return _at_least(0)(text)
+    return _checked(lambda words: float(words.removesuffix("%")), "a percentage", 0, 100)(text)
 
 
 def _real(low: float, high: float | None) -> Callable[[str], float]:

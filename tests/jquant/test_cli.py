@@ -204,7 +204,8 @@ def test_options_that_a_method_does_not_take_are_named(capsys, tiny_checkpoint, 
         assert option[-2 if len(option) > 1 else -1] in refused(capsys, *words, method, *option)
     assert "has no Hessian to guide" in refused(capsys, *words, "rtn", "--guided")
     assert "has 32 inputs" in refused(capsys, *words, "quik", "--outliers", 40)
-    assert "from 0 to 100" in refused(capsys, *words, "quik", "--outliers", "101%")
+    code, out, err = run(capsys, *words, "quik", "--outliers", "101%")
+    assert code == 2 and out == "" and "'101%' is not a percentage from 0 to 100" in err
 
 
 def test_bad_sources_are_refused(capsys, tiny_checkpoint, tmp_path) -> None:
