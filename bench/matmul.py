@@ -16,7 +16,8 @@ Random weights: a layer of [N, K] is named by its model and place. Results go to
 import argparse
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +54,8 @@ SHAPES = {
     "llama-3-8b gate+up": (28672, 4096),
     "llama-3-8b down": (4096, 14336),
 }
+
+_COMPILERS = ThreadPoolExecutor(8)
 
 
 class Op(NamedTuple):
@@ -97,40 +100,51 @@ def main() -> None:
     result: dict[str, Any] = {"environment": record.environment(), "ceilings": ceilings(), "rows": []}
     print("  ".join(f"{name} {value:.3g}" for name, value in result["ceilings"].items()), flush=True)
     for name, (n, k) in shapes.items():
-        dense = {m: dense_time(n, k, m) for m in tokens}
-        for op, run in [(op, functools.partial(measure, op)) for op in ops] + baselines():
-            for m in tokens:
-                row = {"op": op.label, "spec": op.spec, "shape": name, "n": n, "k": k, "m": m, "dense_us": dense[m]}
-                try:
-                    row |= run(n, k, m, options.implementation)
-                    row |= compare(row, result["ceilings"])
-                except Exception as error:
-                    row["error_text"] = f"{type(error).__name__}: {error}"[:300]
-                result["rows"].append(row)
-                print(describe(row), flush=True)
-        if options.out is not None:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        dense = {m: row["us"] for m, row in dense_rows(n, k, tokens).items()}
+        for op, run in [(op, functools.partial(packed_rows, op, options.implementation)) for op in ops] + BASELINES:
+            about = {"op": op.label, "spec": op.spec, "shape": name, "n": n, "k": k}
+            try:
+                found = run(n, k, tokens)
+            except Exception as error:
+                found = {m: failure(error) for m in tokens}
+            for m, numbers in found.items():
+                row = about | {"m": m, "dense_us": dense[m]} | numbers
+                result["rows"].append(row if "us" not in row else row | compare(row, result["ceilings"]))
+                print(describe(result["rows"][-1]), flush=True)
+            if options.out is not None:
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.out is None:
         record.save("matmul", result)
 
 
-def dense_time(n: int, k: int, m: int) -> float:
-    copies = copies_of(2 * n * k)
-    weights = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(copies)]
-    return device_time(jax.jit(lambda x, w: x @ w.T), tokens_of(m, k), weights)
+def failure(error: Exception) -> dict[str, Any]:
+    return {"error_text": f"{type(error).__name__}: {error}"[:300]}
+
+
+def timed(f: Callable[[Any, Any], Any], n: int, k: int, tokens: Sequence[int], weights: Sequence[Any], about: Any):
+    """{m: {"us": ...} | about(m)}, or the error of that m. Compiled for all numbers of tokens at once: it is most of
+    the time of a run, and the host has cores to spare."""
+    xs = {m: tokens_of(m, k) for m in tokens}
+    compiled = {m: _COMPILERS.submit(lambda x: jax.jit(f).lower(x, weights[0]).compile(), x) for m, x in xs.items()}
+    rows = {}
+    for m, program in compiled.items():
+        try:
+            run = program.result()
+            rows[m] = {"us": device_time(run, xs[m], weights)} | about(m, run(xs[m], weights[0]), xs[m])
+        except Exception as error:
+            rows[m] = failure(error)
+    return rows
 
 
 def tokens_of(m: int, k: int) -> jax.Array:
     return jax.random.normal(jax.random.key(99), (m, k), jnp.bfloat16)
 
 
-@functools.lru_cache(maxsize=1)
-def weights_of(spec: str, n: int, k: int) -> list[Any]:
+def random_weights(spec: str, n: int, k: int) -> list[Any]:
     """Random packed weights, prepared."""
     parsed = QuantSpec.parse(spec)
     first = random_weight(parsed, n, k, 0)
-    count = copies_of(jq.size_bytes(first))
-    return [jq.prepare(random_weight(parsed, n, k, i)) for i in range(count)]
+    return [jq.prepare(random_weight(parsed, n, k, i)) for i in range(copies_of(jq.size_bytes(first)))]
 
 
 def random_weight(spec: QuantSpec, n: int, k: int, seed: int) -> Any:
@@ -160,65 +174,77 @@ def random_weight(spec: QuantSpec, n: int, k: int, seed: int) -> Any:
     return jq.QuantizedLinear(base, kept, rest, activation=quantizer)
 
 
-def measure(op: Op, n: int, k: int, m: int, implementation: Any) -> dict[str, Any]:
-    weights, x = weights_of(op.spec, n, k), tokens_of(m, k)
-    run = jax.jit(functools.partial(jq.linear, implementation=implementation))
-    us = device_time(run, x, weights)
-    return {
-        "us": us,
-        "bytes": jq.size_bytes(weights[0]) + 2 * m * (k + n),
-        "path": choose(weights[0], m, implementation).implementation,
-        "error": error_of(run(x, weights[0]), x, weights[0]),
-        "int8": weights[0].activation is not None,
-    }
+def packed_rows(op: Op, implementation: Any, n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]]:
+    weights = random_weights(op.spec, n, k)
+    size, int8 = jq.size_bytes(weights[0]), weights[0].activation is not None
+
+    def about(m: int, y: jax.Array, x: jax.Array) -> dict[str, Any]:
+        path = choose(weights[0], m, implementation).implementation
+        error = error_of(y, x, weights[0])
+        return {"bytes": size + 2 * m * (k + n), "path": path, "error": error, "int8": int8}
+
+    return timed(functools.partial(jq.linear, implementation=implementation), n, k, tokens, weights, about)
 
 
 def error_of(y: jax.Array, x: jax.Array, w: Any) -> float:
-    """Against float32 on the decoded weight, and on the activations as they are quantized."""
-
-    @jax.jit
-    def exact(x: jax.Array, w: Any) -> jax.Array:
-        x = x.astype(jnp.float32)
-        kept = w.outliers
-        columns = x if kept is None else x[:, base_columns(kept.index, w.weight.shape[1])]
-        columns = columns if w.activation is None else fake_quantize(columns, w.activation)
-        dense = jq.dequantize(jq.QuantizedLinear(w.weight, residual=w.residual))
-        total = jnp.dot(columns, dense.T, precision="highest")
-        if kept is None:
-            return total
-        return total + jnp.dot(x[:, kept.index], kept.weight.astype(jnp.float32).T, precision="highest")
-
-    expected = exact(x[:64], w)
-    return float(jnp.linalg.norm(y[:64].astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
+    """Of at most 64 tokens, against float32 on the decoded weight, and on the activations as they are quantized."""
+    count = min(64, x.shape[0])  # filled up with zeros, to be compiled once
+    expected = exact_product(jnp.zeros((64, x.shape[1]), x.dtype).at[:count].set(x[:count]), w)[:count]
+    return float(jnp.linalg.norm(y[:count].astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
 
 
-def baselines() -> list[tuple[Op, Callable[..., dict[str, Any]]]]:
-    """The plain JAX forms that XLA fuses itself."""
+@jax.jit
+def exact_product(x: jax.Array, w: Any) -> jax.Array:
+    x = x.astype(jnp.float32)
+    kept = w.outliers
+    columns = x if kept is None else x[:, base_columns(kept.index, w.weight.shape[1])]
+    columns = columns if w.activation is None else fake_quantize(columns, w.activation)
+    dense = jq.dequantize(jq.QuantizedLinear(w.weight, residual=w.residual))
+    total = jnp.dot(columns, dense.T, precision="highest")
+    if kept is None:
+        return total
+    return total + jnp.dot(x[:, kept.index], kept.weight.astype(jnp.float32).T, precision="highest")
 
-    def int4(n: int, k: int, m: int, _: Any) -> dict[str, Any]:
-        def made(seed: int) -> tuple[jax.Array, jax.Array]:
-            codes = jax.random.randint(jax.random.key(seed), (n, k), -8, 8).astype(jnp.int4)
-            return codes, jnp.full((n,), 0.01, jnp.bfloat16)
 
-        run = jax.jit(lambda x, w: (x @ w[0].astype(jnp.bfloat16).T) * w[1])
-        us = device_time(run, tokens_of(m, k), [made(i) for i in range(copies_of(n * k // 2))])
-        return {"us": us, "bytes": n * k // 2 + 2 * m * (k + n), "path": "xla", "error": None, "int8": False}
+def dense_rows(n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]]:
+    weights = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(copies_of(2 * n * k))]
+    return timed(lambda x, w: x @ w.T, n, k, tokens, weights, lambda *_: {})
 
-    def w8a8(n: int, k: int, m: int, _: Any) -> dict[str, Any]:
-        def run(x: jax.Array, w: tuple[jax.Array, jax.Array]) -> jax.Array:
-            scale = jnp.max(jnp.abs(x), axis=1, keepdims=True).astype(jnp.float32) / 127
-            codes = jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int8)
-            y = jax.lax.dot_general(codes, w[0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-            return (y.astype(jnp.float32) * scale * w[1]).astype(jnp.bfloat16)
 
-        def made(seed: int) -> tuple[jax.Array, jax.Array]:
-            codes = jax.random.randint(jax.random.key(seed), (n, k), -127, 128).astype(jnp.int8)
-            return codes, jnp.full((n,), 0.01, jnp.float32)
+def int4_rows(n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Weight-only int4 as plain JAX has it, which XLA fuses itself."""
 
-        us = device_time(jax.jit(run), tokens_of(m, k), [made(i) for i in range(copies_of(n * k))])
-        return {"us": us, "bytes": n * k + 2 * m * (k + n), "path": "xla", "error": None, "int8": True}
+    def made(seed: int) -> tuple[jax.Array, jax.Array]:
+        codes = jax.random.randint(jax.random.key(seed), (n, k), -8, 8).astype(jnp.int4)
+        return codes, jnp.full((n,), 0.01, jnp.bfloat16)
 
-    return [(Op("xla int4 per row", "int4"), int4), (Op("xla w8a8", "int8"), w8a8)]
+    def about(m: int, *_: Any) -> dict[str, Any]:
+        return {"bytes": n * k // 2 + 2 * m * (k + n), "path": "xla", "error": None, "int8": False}
+
+    weights = [made(i) for i in range(copies_of(n * k // 2))]
+    return timed(lambda x, w: (x @ w[0].astype(jnp.bfloat16).T) * w[1], n, k, tokens, weights, about)
+
+
+def w8a8_rows(n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Dynamic W8A8 as plain JAX has it."""
+
+    def run(x: jax.Array, w: tuple[jax.Array, jax.Array]) -> jax.Array:
+        scale = jnp.max(jnp.abs(x), axis=1, keepdims=True).astype(jnp.float32) / 127
+        codes = jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int8)
+        y = jax.lax.dot_general(codes, w[0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        return (y.astype(jnp.float32) * scale * w[1]).astype(jnp.bfloat16)
+
+    def made(seed: int) -> tuple[jax.Array, jax.Array]:
+        codes = jax.random.randint(jax.random.key(seed), (n, k), -127, 128).astype(jnp.int8)
+        return codes, jnp.full((n,), 0.01, jnp.float32)
+
+    def about(m: int, *_: Any) -> dict[str, Any]:
+        return {"bytes": n * k + 2 * m * (k + n), "path": "xla", "error": None, "int8": True}
+
+    return timed(run, n, k, tokens, [made(i) for i in range(copies_of(n * k))], about)
+
+
+BASELINES = [(Op("xla int4 per row", "int4"), int4_rows), (Op("xla w8a8", "int8"), w8a8_rows)]
 
 
 def compare(row: dict[str, Any], measured: dict[str, float]) -> dict[str, Any]:

@@ -84,6 +84,8 @@ def product(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
 def _quantized_activations(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
     """x [M, K] -> [M, N] float32: the base multiplies quantized inputs, what was kept beside it the inputs as given."""
     base, act, kept = layer.weight, layer.activation, layer.outliers
+    if platform() == "cpu":  # it has no product of two bfloat16 matrices with float32 sums
+        x = x.astype(jnp.float32)
     inputs = x if kept is None else x[:, base_columns(kept.index, base.shape[1])]
     if act is not None and isinstance(base, AffineWeight) and path_of(layer, x.shape[0])[0] == "xla integer":
         y = _integer_product(inputs, act, base)

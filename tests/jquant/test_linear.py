@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jquant.format.activations import ActivationQuant
 from jquant.format.weights import (
     OutlierColumns,
     QuantizedLinear,
@@ -102,6 +103,19 @@ def test_bfloat16_tokens_are_summed_in_float32(tokens: int) -> None:
     # rounded once, to 8 bits; off the CPU the decoded weights are rounded to 8 bits too
     slack = 2e-6 if ON_CPU else 2**-8
     assert np.all(np.abs(np.asarray(y, np.float64) - expected) <= 2**-8 * np.abs(expected) + slack * size)
+
+
+def test_bfloat16_tokens_meet_kept_columns_and_integer_codes() -> None:
+    rng = np.random.default_rng(0)
+    kept = OutlierColumns(jnp.asarray([0, 7, K - 1], jnp.int32), jnp.asarray(rng.normal(size=(N, 3)), jnp.float16))
+    base = _affine(4, K - 3, "in", symmetric=True, columns=K - 3)
+    w = QuantizedLinear(base, kept, activation=ActivationQuant(None, None, 8, True))
+    for tokens in (1, 20):
+        x = jnp.asarray(_x(tokens), jnp.bfloat16)
+        expected, size = _expected(np.asarray(x, np.float64), w)
+        y = np.asarray(linear_jit(x, w), np.float64)
+        # half a step of 127 to an input, beside bfloat16's 8 bits
+        assert np.all(np.abs(y - expected) <= 2**-8 * np.abs(expected) + 0.02 * size)
 
 
 def test_dense_weight_and_bias_argument() -> None:
