@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A GPU would otherwise multiply float32 in tf32, three digits short of what the tolerances here are about.
 jax.config.update("jax_default_matmul_precision", "highest")
+# Tiny arrays gain nothing from LLVM's optimizer, in which compilation spends more than half of its time.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def _machine() -> str:
@@ -46,6 +48,17 @@ def _forget_programs() -> Iterator[None]:
     of it. A module's own are enough."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _compile_well(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that compute for long get LLVM's optimizer back."""
+    if request.node.get_closest_marker("slow") is None:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
