@@ -1,9 +1,12 @@
-"""Numbers and speed of the affine kernel in many configurations: `python -m bench.kernel_probe --out OUT.json`.
+"""Numbers and speed of the matrix kernels in many configurations: `python -m bench.kernel_probe --out OUT.json`.
 
 Every row is a shape, a kind of product and a configuration: the relative error against float32, the device time by
 CUPTI (median, weights rotated past the L2) and its ratio to XLA's dense bfloat16 product of the same shape in the same
 process. A kernel that hangs or faults takes its process with it, so a second process does the work: the first one
 starts it again behind the row that failed. `--dry` does everything but running kernels.
+
+`--more` and `--tables` are other kinds of weights. Of tables of int8 entries, bfloat16 rows contain the launch that
+makes their tokens float16, and float16 rows show the product alone.
 """
 
 import argparse
@@ -24,7 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from bench.device_time import device_time
-from pallas_kernels import affine_matmul as affine
+from pallas_kernels import affine_matmul as affine, codebook_matmul as codebook
+from pallas_kernels.codebook_matmul.choice import candidates, estimate
 from pallas_kernels.fragments import fragments_shape, slot_order, unpack_fragments
 
 SHAPES = ((28672, 8192), (4096, 4096))
@@ -39,6 +43,7 @@ class Kind:
     x: str
     group_size: int | None = 128
     zeros: bool = False
+    entry: str | None = None  # the type of a table's entry; None: affine
 
 
 MAIN = (Kind("w4a16", 4, "bfloat16"), Kind("w4a8", 4, "int8"))
@@ -52,6 +57,15 @@ MORE = (
     Kind("w8a16", 8, "bfloat16"),
     Kind("w4a16-f16", 4, "float16"),
 )
+TABLES = (
+    Kind("w4a16-int8-table", 4, "bfloat16", None, entry="int8"),
+    Kind("w4a16-int8-table-f16", 4, "float16", None, entry="int8"),
+    Kind("w4a8-int8-table", 4, "int8", None, entry="int8"),
+    Kind("w4a16-table", 4, "bfloat16", None, entry="bfloat16"),
+    Kind("w3a16-int8-table", 3, "bfloat16", None, entry="int8"),
+    Kind("w3a8-int8-table", 3, "int8", None, entry="int8"),
+)
+COMPARED = 4  # configurations of a table beside the chosen one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +86,15 @@ class Row:
 
 def problem_of(row: Row) -> affine.Problem:
     kind = row.kind
-    return affine.Problem(row.m, row.n, row.k, kind.bits, kind.group_size, kind.zeros, kind.x, "bfloat16")
+    scales = "bfloat16" if kind.entry is None else "float32"
+    return affine.Problem(row.m, row.n, row.k, kind.bits, kind.group_size, kind.zeros, kind.x, scales)
+
+
+def chosen(row: Row) -> affine.Config:
+    """What a product takes without being told."""
+    if row.kind.entry is None:
+        return affine.choose(problem_of(row))
+    return codebook.choose(problem_of(row), jnp.dtype(row.kind.entry).itemsize)
 
 
 Cut = tuple[int, int, int, int, int]  # block_m, block_k, row and k warpgroups, splits
@@ -100,7 +122,13 @@ def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
     return [(128, 256, 2, 1, splits), (128, 128, 2, 1, splits), (96, 256, 3, 1, 1), (64, 256, 2, 1, 1)]
 
 
-def compared(kind: Kind, m: int, n: int) -> Iterator[affine.Config]:
+def compared(row: Row) -> Iterator[affine.Config]:
+    kind, m, n = row.kind, row.m, row.n
+    if kind.entry is not None:
+        problem, size = problem_of(row), jnp.dtype(kind.entry).itemsize
+        best = sorted(candidates(problem), key=lambda config: estimate(problem, config, size))
+        yield from best[1 : 1 + COMPARED]
+        return
     for block_m, block_k, rows, parts, splits in cuts(kind, m, n):
         scale = "operand" if kind.x != "int8" and m > 64 else "sum"
         blocks = min(132, -(-n // (64 * rows)) * -(-m // block_m) * splits)
@@ -125,9 +153,9 @@ def rows(kinds: tuple[Kind, ...], tokens: tuple[int, ...], all_configs: bool) ->
     found = []
     for (n, k), kind, m in itertools.product(SHAPES, kinds, tokens):
         found.append(Row(n, k, m, kind, None))
-        for config in compared(kind, m, n) if all_configs else ():
+        for config in compared(found[-1]) if all_configs else ():
             full = filled(Row(n, k, m, kind, config))
-            if full is not None and full.config != affine.choose(problem_of(full)):
+            if full is not None and full.config != chosen(full):
                 found.append(full)
     return list({row.name(): row for row in found}.values())
 
@@ -157,10 +185,15 @@ class Bench:
         made = []
         for copy in range(copies):
             keys = jax.random.split(jax.random.key(copy), 3)
+            shape = (row.n,) if kind.entry is not None else (groups, row.n)
             arrays = {
                 "words": jax.random.bits(keys[0], fragments_shape((row.n, row.k), kind.bits), jnp.uint32),
-                "scales": jax.random.uniform(keys[1], (groups, row.n), jnp.bfloat16, 0.01, 0.02),
+                "scales": jax.random.uniform(keys[1], shape, jnp.bfloat16, 0.01, 0.02),
             }
+            if kind.entry is not None:
+                entries = jax.random.randint(keys[2], (row.n, 2**kind.bits), -127, 128)
+                arrays["codebook"] = entries.astype(jnp.dtype(kind.entry))
+                arrays["tables"] = codebook.prepare_tables(arrays["codebook"], kind.entry)
             if kind.zeros:
                 arrays["zeros"] = jax.random.randint(keys[2], (groups, row.n), 0, 2**kind.bits).astype(jnp.uint8)
             made.append(arrays)
@@ -182,6 +215,10 @@ class Bench:
 
         @jax.jit
         def dense(arrays: dict[str, jax.Array]) -> jax.Array:
+            if kind.entry is not None:
+                codes = unpack_fragments(arrays["words"], kind.bits, "rows", (row.n, row.k)).astype(jnp.int32)
+                entries = jnp.take_along_axis(arrays["codebook"].astype(jnp.float32), codes, axis=1)
+                return entries * arrays["scales"].astype(jnp.float32)[:, None]
             codes = unpack_fragments(arrays["words"], kind.bits, "pairs", (row.n, row.k)).astype(jnp.float32)
             size = kind.group_size or row.k
             zeros = arrays["zeros"].astype(jnp.float32) if kind.zeros else jnp.float32(2 ** (kind.bits - 1))
@@ -208,12 +245,18 @@ class Bench:
         group = (row.n, row.k, kind)
         weights = self.once(("weights", group), lambda: self.weights(row))
         inputs, x = self.once(("inputs", (group, row.m)), lambda: self.inputs(row))
-        config = row.config or affine.choose(problem_of(row))
+        config = row.config or chosen(row)
 
         @jax.jit
         def product(inputs: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> jax.Array:
-            static: dict[str, Any] = dict(bits=kind.bits, outputs=row.n, group_size=kind.group_size, config=config)
-            return affine.affine_matmul(**inputs, **arrays, **static, out_dtype=jnp.bfloat16)
+            static: dict[str, Any] = dict(bits=kind.bits, outputs=row.n, config=config, out_dtype=jnp.bfloat16)
+            if kind.entry is None:
+                return affine.affine_matmul(**inputs, **arrays, **static, group_size=kind.group_size)
+            arrays = {name: array for name, array in arrays.items() if name != "codebook"}
+            if kind.entry == "int8" and kind.x == "bfloat16":
+                half, powers = codebook.half_rows(inputs["x"])
+                inputs = {"x": half, "x_scales": powers}
+            return codebook.codebook_matmul(**inputs, **arrays, **static)
 
         result: dict[str, Any] = {"row": row.name(), "config": dataclasses.asdict(config)}
         if self.dry:
@@ -293,6 +336,7 @@ def main() -> None:
     parser.add_argument("--out", default="kernel_probe.json")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--more", action="store_true", help="other kinds of weights")
+    parser.add_argument("--tables", action="store_true", help="codebooks of int8 and of 16-bit entries")
     parser.add_argument("--chosen", action="store_true", help="only the configurations that `choose` gives")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
@@ -300,7 +344,8 @@ def main() -> None:
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     tokens = tuple(int(m) for m in options.tokens.split(","))
-    todo = rows(MORE if options.more else MAIN, tokens, not options.chosen)
+    kinds = TABLES if options.tables else MORE if options.more else MAIN
+    todo = rows(kinds, tokens, not options.chosen)
     todo = [row for row in todo if options.only in row.name()]
     if options.worker is not None:
         work(todo[options.worker :], options.dry)

@@ -73,6 +73,9 @@ OPS = (
     Op("W3A16 codebook", "w3-codebook"),
     Op("W3A16 codebook + 0.45 %", "w3-codebook+s0.45%"),
     Op("W4A16 codebook", "w4-codebook"),
+    Op("W4A16 codebook int8", "w4-codebook-int8"),
+    Op("W4A8 codebook int8", "w4a8-codebook-int8-actsym"),
+    Op("W3A16 codebook int8", "w3-codebook-int8"),
     Op("W8A8", "w8a8-sym-actsym"),
     Op("QUIK W4A4, 256 columns", "w4a4-sym+o256"),
     Op("W3A16 g128", "w3-g128-sym"),
@@ -152,8 +155,7 @@ def random_weight(spec: QuantSpec, n: int, k: int, seed: int) -> Any:
     columns = k - spec.outliers
     codes = jax.random.randint(keys[0], (n, columns), 0, 2**spec.bits).astype(jnp.uint8)
     if spec.grid == "codebook":
-        table = jnp.sort(jax.random.normal(keys[1], (n, 2**spec.bits)), axis=1).astype(jnp.float16)
-        base: Any = codebook_weight(codes, table, spec.bits)
+        base: Any = random_codebook(codes, spec, keys[1])
     else:
         groups = -(-columns // (spec.group_size or columns))
         scales = jax.random.uniform(keys[1], (n, groups), jnp.float32, 0.01, 0.02).astype(jnp.float16)
@@ -172,6 +174,16 @@ def random_weight(spec: QuantSpec, n: int, k: int, seed: int) -> Any:
     act = spec.activation
     quantizer = None if act is None else ActivationQuant(None, None, act.bits, act.symmetric)
     return jq.QuantizedLinear(base, kept, rest, activation=quantizer)
+
+
+def random_codebook(codes: jax.Array, spec: QuantSpec, key: jax.Array) -> Any:
+    """A table a row of normal entries, as they are or on an int8 grid."""
+    table = jnp.sort(jax.random.normal(key, (codes.shape[0], 2**spec.bits)), axis=1)
+    if not spec.int8_table:
+        return codebook_weight(codes, table.astype(jnp.float16), spec.bits)
+    scales = (jnp.max(jnp.abs(table), axis=1) / 127).astype(jnp.float16)
+    entries = jnp.round(table / scales.astype(jnp.float32)[:, None])
+    return codebook_weight(codes, jnp.clip(entries, -127, 127).astype(jnp.int8), spec.bits, scales)
 
 
 def packed_rows(op: Op, implementation: Any, n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]]:

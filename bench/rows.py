@@ -80,10 +80,14 @@ def _weights(b: int) -> list[Row]:
         row(f"SqueezeLLM w{b}, exact", "squeezellm", f"w{b}-codebook", options={"exact": True}),
         row(f"SqueezeLLM w{b} + 0.05 %", "squeezellm", f"w{b}-codebook+s0.05%"),
         row(f"SqueezeLLM w{b} + 0.45 %", "squeezellm", f"w{b}-codebook+s0.45%"),
+        row(f"SqueezeLLM w{b}, int8 tables", "squeezellm", f"w{b}-codebook-int8"),
+        row(f"SqueezeLLM w{b} + 0.45 %, int8 tables", "squeezellm", f"w{b}-codebook-int8+s0.45%"),
         row(f"LNQ w{b}", "lnq", f"w{b}-codebook"),
         row(f"LNQ w{b}, original inputs", "lnq", f"w{b}-codebook", options={"sequential": False}),
         row(f"LNQ w{b} + 0.45 %", "lnq", f"w{b}-codebook+s0.45%"),
+        row(f"LNQ w{b}, int8 tables", "lnq", f"w{b}-codebook-int8"),
         row(f"KLLM w{b}, one table a matrix", "kllm", f"w{b}-codebook-shared"),
+        row(f"KLLM w{b}, one int8 table a matrix", "kllm", f"w{b}-codebook-shared-int8"),
     ]
 
 
@@ -102,6 +106,9 @@ def _activations() -> list[Row]:
         row("GPTQ W4A8-g64", "gptq", "w4a8-g64"),
         row("QUIK W4A8", "quik", "w4a8-sym+o32"),
         row("QUIK W4A8, guided", "quik", "w4a8-sym+o32", **guided),
+        row("SqueezeLLM W4A8, int8 tables", "squeezellm", "w4a8-codebook-int8"),
+        row("SqueezeLLM W3A8, int8 tables", "squeezellm", "w3a8-codebook-int8"),
+        row("KLLM W4A8, one int8 table a matrix", "kllm", "w4a8-codebook-shared-int8"),
         row("RTN W4A4", "rtn", "w4a4-sym"),
         row("RTN W4A4, rotated", "rtn", "w4a4-sym", **rotated),
         row("QUIK W4A4, no columns kept", "quik", "w4a4-sym"),

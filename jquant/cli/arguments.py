@@ -38,7 +38,8 @@ _QUANTIZE_NOTES = """
       lnq         squeezellm, then refined against the loss-guided Hessian: the most accurate, and the slowest
 
     --act-bits quantizes activations with any method: integers, or a table with kllm. 4-bit integers need
-    --transform rotate on most models; weights alone are usually better without it.
+    --transform rotate on most models; weights alone are usually better without it. Tables multiply integers as
+    integers only with --int8-tables.
 
     calibration is a plain text file, or `self`: the model writes its own text, from its first token on.
 
@@ -139,6 +140,12 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
         "(default: 0.45; 0 is dense)",
     )
     tables.add_argument("--exact", action="store_true", help="tables by dynamic programming over every entry (slower)")
+    tables.add_argument(
+        "--int8-tables",
+        action="store_true",
+        help="entries are whole numbers from -127 to 127 times a scale a row: faster look-ups, and with --act-bits "
+        "products of integers; what that adds to the error is shown",
+    )
     tables.add_argument(
         "--nested-from",
         type=_within(2, 7),

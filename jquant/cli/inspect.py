@@ -10,7 +10,7 @@ import jax
 from jquant.api import QuantizedDirectory, open_model
 from jquant.cli import show
 from jquant.format import checkpoint, tree as trees
-from jquant.format.weights import WEIGHT_TYPES, QuantizedLinear, bits_per_weight, shape_of, size_bytes
+from jquant.format.weights import WEIGHT_TYPES, QuantizedLinear, bits_per_weight, is_snapped, shape_of, size_bytes
 from jquant.models import Decoder
 from jquant.quantize.calibrate import linear_paths
 
@@ -39,10 +39,11 @@ def inspect_command(options: argparse.Namespace) -> None:
     if options.plot is not None:
         plot_layers(inside, options.plot)
     if not options.json:
-        show.table(
-            ("layer", "shape", "kind", "bits", "bytes", "weight error", "method's error", "note"),
-            [_cells(row) for row in layers],
-        )
+        headers = ["layer", "shape", "kind", "bits", "bytes", "weight error", "method's error", "note"]
+        snapped = any(row["float_table_error"] is not None for row in layers)
+        if snapped:
+            headers.insert(-1, "before int8 tables")
+        show.table(headers, [_cells(row, snapped) for row in layers])
     line = f"{data['bits_per_weight']:.3f} bits a weight in linear layers, {show.size(data['size_bytes'])} in all"
     show.result(data, options.json, [line])
 
@@ -79,6 +80,8 @@ def _row(path: str, leaf: Any, report: Mapping[str, Any] | None) -> dict[str, An
     quantized = isinstance(leaf, WEIGHT_TYPES)
     inner = leaf.weight if isinstance(leaf, QuantizedLinear) else leaf
     kind = f"{type(inner).__name__.removesuffix('Weight').lower()} {inner.bits}-bit" if quantized else str(leaf.dtype)
+    if quantized and is_snapped(inner):
+        kind += ", int8 table"
     return {
         "path": path,
         "shape": list(shape_of(leaf) if quantized else leaf.shape),
@@ -88,11 +91,12 @@ def _row(path: str, leaf: Any, report: Mapping[str, Any] | None) -> dict[str, An
         "bytes": size_bytes(leaf),
         "weight_error": report["weight_error"] if report else None,
         "objective_error": report["objective_error"] if report else None,
+        "float_table_error": report.get("float_table_error") if report else None,
         "note": report["note"] if report else None,
     }
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(row: Mapping[str, Any], snapped: bool) -> tuple[str, ...]:
     def error(name: str) -> str:
         return "" if row[name] is None else f"{row[name]:.2e}"
 
@@ -104,5 +108,6 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         str(row["bytes"]),
         error("weight_error"),
         error("objective_error"),
+        *([error("float_table_error")] if snapped else []),
         row["note"] or "",
     )

@@ -161,6 +161,7 @@ def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
         ("--act-order", options.act_order, quik),
         ("--sparse", options.sparse is not None, tables and options.table == "row"),
         ("--exact", options.exact, tables),
+        ("--int8-tables", options.int8_tables, tables),
         ("--nested-from", options.nested_from is not None, method == "squeezellm" and not options.sparse),
         ("--table", options.table != "row", method == "kllm"),
         ("--act-exact", options.act_exact is not None, method == "kllm"),
@@ -187,6 +188,7 @@ def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
             sparse=sparse,
             shared=shared,
             nested_from=options.nested_from,
+            int8_table=options.int8_tables,
             activation=activation,
         )
     if quik:
@@ -321,7 +323,29 @@ def _show_outcome(options: argparse.Namespace, report: Report) -> None:
         f"largest relative error {worst.objective_error:.2e} in {worst.path}",
         *notes[:10],
     ]
+    if (snapping := snapping_errors(report)) is not None:
+        data["int8_tables"] = snapping
+        lines.insert(
+            2,
+            "int8 tables: mean relative error {mean_error:.3e}, {mean_error_before:.3e} with tables of floats; most in "
+            "{layer}: {layer_error:.3e}, {layer_error_before:.3e}".format(**snapping),
+        )
     show.result(data, options.json, lines)
+
+
+def snapping_errors(report: Report) -> dict[str, Any] | None:
+    """What snapping tables to int8 did to the layers' relative errors; None if no layer has such tables."""
+    snapped = [(layer.float_table_error, layer) for layer in report.layers if layer.float_table_error is not None]
+    if not snapped:
+        return None
+    before, worst = max(snapped, key=lambda pair: pair[1].objective_error - pair[0])
+    return {
+        "mean_error_before": sum(error for error, _ in snapped) / len(snapped),
+        "mean_error": sum(layer.objective_error for _, layer in snapped) / len(snapped),
+        "layer": worst.path,
+        "layer_error_before": before,
+        "layer_error": worst.objective_error,
+    }
 
 
 def mean_bits(report: Report) -> float:

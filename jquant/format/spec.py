@@ -8,6 +8,7 @@
     w3-codebook        a table of 2**3 entries a row
     w4-codebook-shared one table for the matrix, a scale a row
     w8-codebook-nested3 readable at every width from 3 to 8 bits (Any-Precision)
+    w4-codebook-int8   the table's entries are whole numbers from -127 to 127, times a scale a row
     w3-codebook+s0.45% the same, and 0.45 % of the entries kept sparse
     w4-sym+o256        256 whole input columns kept
 
@@ -30,7 +31,7 @@ GroupAxis = Literal["in", "out"]
 ActivationMode = Literal["kernel", "simulation"]
 
 _GRAMMAR = (
-    "wBITS[aBITS][-gSIZE][-sym][-out][-2:4][-codebook][-shared][-nestedBITS][-actsym][-actsim][-actcodebook]"
+    "wBITS[aBITS][-gSIZE][-sym][-out][-2:4][-codebook][-shared][-nestedBITS][-int8][-actsym][-actsim][-actcodebook]"
     "[+sPERCENT%][+oCOUNT][+kPERCENT%][+tPERCENT%], for example w4-g128, w3-codebook+s0.45% or w4a8"
 )
 
@@ -74,6 +75,7 @@ class QuantSpec:
     shared: one table for the matrix and a scale a row, instead of a table a row.
     semistructured: 2:4, two of every four inputs are zero.
     nested_from: the table's narrowest width, all from there to `bits` can be read; None is `bits` alone.
+    int8_table: the entries of tables are snapped to int8, times a scale a row.
     sparse: percent of the entries kept exactly in a SparseResidual.
     outliers: number of input columns kept exactly in OutlierColumns.
     activation: None leaves the inputs as they are.
@@ -87,6 +89,7 @@ class QuantSpec:
     shared: bool = False
     semistructured: bool = False
     nested_from: int | None = None
+    int8_table: bool = False
     sparse: float = 0.0
     outliers: int = 0
     activation: ActivationSpec | None = None
@@ -115,8 +118,12 @@ class QuantSpec:
                         f"tables nested from {self.nested_from} to {self.bits} bits need a table a row, a narrowest "
                         "width below the widest, and no sparse part (its values would fit one width only)"
                     )
+                if self.int8_table:
+                    raise ValueError("tables of several widths are not snapped to int8; leave out -nested or -int8")
         elif self.nested_from is not None:
             raise ValueError("only codebooks are nested; write w8-codebook-nested3")
+        elif self.int8_table:
+            raise ValueError("only the table of a codebook is snapped to int8; write w4-codebook-int8")
         elif self.shared:
             raise ValueError("only a codebook is shared by the rows of a matrix; write -codebook-shared")
         if self.semistructured and (not self.symmetric or self.group_size is not None or self.group_axis == "out"):
@@ -131,6 +138,7 @@ class QuantSpec:
             parts.append(f"g{self.group_size}")
         flags = [(self.symmetric, "sym"), (self.group_axis == "out", "out"), (self.semistructured, "2:4")]
         flags += [(self.shared, "shared"), (self.nested_from is not None, f"nested{self.nested_from}")]
+        flags.append((self.int8_table, "int8"))
         if act is not None:
             flags += [(act.symmetric, "actsym"), (act.mode == "simulation", "actsim")]
             flags.append((act.grid == "codebook", "actcodebook"))
@@ -190,6 +198,7 @@ _WEIGHT_PARTS = {
     "sym": ("symmetric", True),
     "out": ("group_axis", "out"),
     "shared": ("shared", True),
+    "int8": ("int8_table", True),
     "2:4": ("semistructured", True),
 }
 _ACTIVATION_PARTS = {

@@ -50,7 +50,11 @@ def validate(weight: Weight, path: str) -> None:
     if isinstance(weight, CodebookWeight):
         if weight.codebook.shape[:1] not in ((1,), (rows,)):
             raise ValueError(f"{path}: codebook has {weight.codebook.shape[:1]} rows; expected 1 or {rows}")
-        _expect(path, "codebook", weight.codebook, (weight.codebook.shape[0], 2**weight.bits), None)
+        snapped = str(weight.codebook.dtype) == "int8"
+        table_type = "int8" if snapped else None
+        _expect(path, "codebook", weight.codebook, (weight.codebook.shape[0], 2**weight.bits), table_type)
+        if snapped and (weight.scales is None or weight.nested is not None):
+            raise ValueError(f"{path}: codebook is int8; expected scales beside it, and nothing nested")
         if weight.scales is not None:
             _expect(path, "scales", weight.scales, (rows,), None)
         if weight.nested is not None:

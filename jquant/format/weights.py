@@ -74,8 +74,10 @@ class AffineWeight:
 class CodebookWeight:
     """Codes into a table a row, [N, 2**bits], or one table for the matrix, [1, 2**bits], times a scale a row.
 
-    nested holds narrower tables side by side, narrowest first, see `jquant.format.nested`. tables uint32 is the
-    codebook as a kernel reads it beside bfloat16 inputs; `jquant.prepare` adds it.
+    Entries are floats, or snapped to int8 (`is_snapped`): then there always are scales, and integer activations are
+    multiplied by the entries in int32. nested holds narrower tables side by side, narrowest first, see
+    `jquant.format.nested`. tables uint32 is the codebook as a kernel reads it, entries of 8 bits if they are int8, else
+    bfloat16; row_sums float32 [N] = sum_k W[n, k] goes with inputs that have offsets; `jquant.prepare` adds both.
     """
 
     codes: jax.Array
@@ -86,6 +88,7 @@ class CodebookWeight:
     layout: str = "stream"  # §
     nested: jax.Array | None = None  # [N, 2**bits - 2**narrowest]
     tables: jax.Array | None = None
+    row_sums: jax.Array | None = None
 
 
 @_pytree()
@@ -143,6 +146,11 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, WEIGHT_TYPES)
 
 
+def is_snapped(weight: Base) -> bool:
+    """Whether a weight is a codebook of int8 entries."""
+    return isinstance(weight, CodebookWeight) and weight.codebook.dtype == jnp.int8
+
+
 # --- building ---------------------------------------------------------------------------------------------------
 
 
@@ -167,8 +175,10 @@ def affine_weight(
 def codebook_weight(
     codes: jax.Array, codebook: jax.Array, bits: int, scales: jax.Array | None = None
 ) -> CodebookWeight:
-    """Packs codes [N, K] beside their table [N or 1, 2**bits]."""
+    """Packs codes [N, K] beside their table [N or 1, 2**bits] and the scales [N] that an int8 table needs."""
     rows, columns = codes.shape
+    if codebook.dtype == jnp.int8 and scales is None:
+        raise ValueError("the codebook is int8 and has no scales; give scales [N], or a codebook of floats")
     return CodebookWeight(pack_codes(codes, bits), codebook, scales, bits, (rows, columns))
 
 
@@ -235,11 +245,7 @@ def dequantize(weight: Weight) -> jax.Array:
         offset = jnp.float32(2 ** (weight.bits - 1)) if zeros is None else spread(zeros.astype(jnp.float32))
         return spread(scales.astype(jnp.float32)) * (codes.astype(jnp.float32) - offset)
     if isinstance(weight, CodebookWeight):
-        rows, columns = weight.shape
-        codes = unpack(weight)
-        table = weight.codebook.T if weight.layout == "stream_t" else weight.codebook
-        table = jnp.broadcast_to(table.astype(jnp.float32), (rows, 2**weight.bits))
-        dense = jnp.take_along_axis(table, codes, axis=1)
+        dense = table_entries(weight).astype(jnp.float32)
         return dense if weight.scales is None else dense * weight.scales.astype(jnp.float32)[:, None]
     if isinstance(weight, SparseAffineWeight):
         return dequantize_semistructured(weight)
@@ -253,6 +259,13 @@ def dequantize(weight: Weight) -> jax.Array:
         rest = weight.residual
         dense = dense.at[residual_rows(rest), rest.columns.astype(jnp.int32)].add(rest.values.astype(jnp.float32))
     return dense
+
+
+def table_entries(weight: CodebookWeight) -> jax.Array:
+    """The entry of every code, [N, K] in the codebook's type: the weight without its scales."""
+    table = weight.codebook.T if weight.layout == "stream_t" else weight.codebook
+    table = jnp.broadcast_to(table, (weight.shape[0], 2**weight.bits))
+    return jnp.take_along_axis(table, unpack(weight), axis=1)
 
 
 def unpack(weight: AffineWeight | CodebookWeight) -> jax.Array:
@@ -274,7 +287,7 @@ def canonical(weight: Weight) -> Weight:
         return dataclasses.replace(weight, weight=canonical(weight.weight), outliers=kept, residual=rest)
     if isinstance(weight, SparseAffineWeight):
         return weight
-    added: dict[str, Any] = {"row_sums" if isinstance(weight, AffineWeight) else "tables": None}
+    added: dict[str, Any] = {"row_sums": None} | ({} if isinstance(weight, AffineWeight) else {"tables": None})
     return with_layout(dataclasses.replace(weight, **added), "stream")
 
 

@@ -18,7 +18,14 @@ from jax.typing import DTypeLike
 from jquant.format.activations import ActivationQuant
 from jquant.format.rotation import rotate
 from jquant.format.semistructured import SparseAffineWeight
-from jquant.format.weights import AffineWeight, CodebookWeight, OutlierColumns, QuantizedLinear, base_columns
+from jquant.format.weights import (
+    AffineWeight,
+    CodebookWeight,
+    OutlierColumns,
+    QuantizedLinear,
+    base_columns,
+    is_snapped,
+)
 from jquant.linear import xla
 from pallas_kernels import activation_quantize, affine_matmul, codebook_matmul, sparse_matmul
 from pallas_kernels.device import no_hopper
@@ -41,8 +48,8 @@ def no_fragments(layer: QuantizedLinear) -> str | None:
         return "no kernel covers activations by a table"
     if act is not None and act.outlier_percent:
         return "no kernel keeps activations exactly in each token"
-    if act is not None and isinstance(base, CodebookWeight):
-        return "no kernel multiplies integer activations by a table of 16-bit entries"
+    if act is not None and isinstance(base, CodebookWeight) and not is_snapped(base):
+        return "no kernel multiplies integer activations by a table of 16-bit entries; snap it with --int8-tables"
     if not base.shape[1]:
         return "every input column is kept: there is no packed part"
     return _supported(base, act, 1, "bfloat16")
@@ -64,10 +71,14 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
     """What `product` does, in words."""
     base, act, name = layer.weight, layer.activation, jnp.dtype(dtype).name
     assert not isinstance(base, SparseAffineWeight)
-    choose = codebook_matmul.choose if isinstance(base, CodebookWeight) else affine_matmul.choose
-    config = choose(_problem(base, act, tokens, name))
+    problem = _problem(base, act, tokens, name)
+    if isinstance(base, CodebookWeight):
+        config = codebook_matmul.choose(problem, 1 if is_snapped(base) else None)
+    else:
+        config = affine_matmul.choose(problem)
     inputs = name if act is None else f"{act.bits}-bit codes"
-    return f"{base.bits}-bit codes by {inputs}, blocks of {config.rows} outputs x {config.block_m} tokens"
+    codes = f"{base.bits}-bit codes" + (" into an int8 table" if is_snapped(base) else "")
+    return f"{codes} by {inputs}, blocks of {config.rows} outputs x {config.block_m} tokens"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -78,7 +89,7 @@ def product(x: jax.Array, layer: QuantizedLinear, out_dtype: DTypeLike) -> jax.A
         x = rotate(x, layer.transform)
     kind = out_dtype if kept is None and rest is None else jnp.float32
     if act is not None:
-        assert isinstance(base, AffineWeight)
+        assert not isinstance(base, SparseAffineWeight)
         y, beside = _integers(x, base, act, kept, kind)
     else:
         inputs, beside = x, None
@@ -106,7 +117,7 @@ product.defvjp(_forward, _backward)
 
 
 def _integers(
-    x: jax.Array, base: AffineWeight, act: ActivationQuant, kept: OutlierColumns | None, out_dtype: DTypeLike
+    x: jax.Array, base: Packed, act: ActivationQuant, kept: OutlierColumns | None, out_dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array | None]:
     """The base by the quantized inputs, and the inputs that were kept."""
     columns, index = (None, None) if kept is None else (kept.slots, kept.index)
@@ -117,7 +128,8 @@ def _integers(
     more: dict[str, Any] = {"x_scales": tokens.scales}
     if tokens.offsets is not None:
         more |= {"x_offsets": tokens.offsets, "row_sums": base.row_sums}
-    return _affine(tokens.codes, base, out_dtype, **more), tokens.kept
+    multiply = _codebook if isinstance(base, CodebookWeight) else _affine
+    return multiply(tokens.codes, base, out_dtype, **more), tokens.kept  # pyright: ignore[reportArgumentType]
 
 
 def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
@@ -125,11 +137,13 @@ def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any)
     return affine_matmul.affine_matmul(x, base.codes, base.scales, base.zeros, **more)
 
 
-def _codebook(x: jax.Array, base: CodebookWeight, out_dtype: DTypeLike) -> jax.Array:
+def _codebook(x: jax.Array, base: CodebookWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
     tables = base.tables
-    if tables is None or x.dtype != jnp.bfloat16:
-        tables = codebook_matmul.prepare_tables(base.codebook, x.dtype)
-    more: dict[str, Any] = {"bits": base.bits, "outputs": base.shape[0], "out_dtype": out_dtype}
+    if tables is None or (x.dtype != jnp.bfloat16 and not is_snapped(base)):
+        tables = codebook_matmul.prepare_tables(base.codebook, jnp.int8 if is_snapped(base) else x.dtype)
+    if is_snapped(base) and codebook_matmul.supported_rows(x.shape[0], x.shape[1], x.dtype) is None:
+        x, more["x_scales"] = codebook_matmul.half_rows(x)
+    more |= {"bits": base.bits, "outputs": base.shape[0], "out_dtype": out_dtype}
     return codebook_matmul.codebook_matmul(x, base.codes, tables, base.scales, **more)
 
 

@@ -16,6 +16,7 @@ from jquant.format.weights import (
     canonical,
     dequantize,
     is_quantized,
+    is_snapped,
     shape_of,
     with_rows,
 )
@@ -62,8 +63,9 @@ def _for_hopper(layer: QuantizedLinear) -> QuantizedLinear:
         sums = _row_sums(base)
     base = with_layout(base, "fragments")
     if isinstance(base, CodebookWeight):
-        base = dataclasses.replace(base, tables=prepare_tables(base.codebook, jnp.bfloat16))
-    elif sums is not None:
+        tables = prepare_tables(base.codebook, jnp.int8 if is_snapped(base) else jnp.bfloat16)
+        base = dataclasses.replace(base, tables=tables)
+    if sums is not None:
         base = dataclasses.replace(base, row_sums=sums)
     if kept is not None and act is not None:
         kept = dataclasses.replace(kept, slots=slot_columns(shape_of(layer)[1], kept.index))
@@ -74,5 +76,5 @@ def _for_hopper(layer: QuantizedLinear) -> QuantizedLinear:
 
 
 @jax.jit
-def _row_sums(base: AffineWeight) -> jax.Array:
+def _row_sums(base: AffineWeight | CodebookWeight) -> jax.Array:
     return jnp.sum(dequantize(base), axis=1)

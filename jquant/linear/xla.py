@@ -5,7 +5,8 @@ By device and tokens M:
     cpu, M <= 8     the packed words are streamed lane by lane, nothing decoded is stored (`dequant_matmul.streaming`)
     cpu, M > 8      one decoded matrix at a time, then a dense product
     gpu, tpu        decode and product in one expression, fused as far as XLA does
-    integers        8-bit or narrower activations and affine codes: an int8 product summed in int32 (`int_matmul`)
+    integers        8-bit or narrower activations, and affine codes or a table of int8 entries: an int8 product summed
+                    in int32 (`int_matmul`)
 
 The decode is tied to x by an optimization barrier: it depends on nothing but the weights, and XLA would otherwise
 decode every layer at the start of the program, or once outside a generation loop, and hold all of them.
@@ -27,8 +28,10 @@ from jquant.format.weights import (
     SparseResidual,
     base_columns,
     dequantize,
+    is_snapped,
     residual_rows,
     shape_of,
+    table_entries,
 )
 from pallas_kernels import dequant_matmul, int_matmul, sparse_matmul
 from pallas_kernels.device import platform
@@ -43,13 +46,16 @@ def path_of(layer: QuantizedLinear, tokens: int) -> tuple[str, str]:
     if act is not None:
         if act.codebook is not None:
             return "xla decode+dot", "activations by a table are decoded, kept ones exact"
-        if not isinstance(base, AffineWeight):
-            return "xla decode+dot", "integer activations, but the weight has no integer grid"
-        if base.group_axis == "out":
+        if isinstance(base, CodebookWeight) and not is_snapped(base):
+            return "xla decode+dot", "integer activations, but the table is not snapped to int8"
+        if isinstance(base, SparseAffineWeight):
+            return "xla decode+dot", "integer activations, but the weight has a 2:4 pattern"
+        if isinstance(base, AffineWeight) and base.group_axis == "out":
             return "xla decode+dot", "integer activations, but scales differ along the sum (groups of outputs)"
         if act.outlier_percent:
             return "xla decode+dot", "some activations are kept exactly in each token"
-        return "xla integer", f"{base.bits}-bit codes by {act.bits}-bit activations, summed in int32"
+        what = "codes" if isinstance(base, AffineWeight) else "codes into an int8 table"
+        return "xla integer", f"{base.bits}-bit {what} by {act.bits}-bit activations, summed in int32"
     if isinstance(base, SparseAffineWeight):
         return "xla decode+dot", "a 2:4 pattern is decoded before the product"
     if platform() == "cpu":
@@ -87,7 +93,8 @@ def _quantized_activations(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
     if platform() == "cpu":  # it has no product of two bfloat16 matrices with float32 sums
         x = x.astype(jnp.float32)
     inputs = x if kept is None else x[:, base_columns(kept.index, base.shape[1])]
-    if act is not None and isinstance(base, AffineWeight) and path_of(layer, x.shape[0])[0] == "xla integer":
+    if act is not None and path_of(layer, x.shape[0])[0] == "xla integer":
+        assert not isinstance(base, SparseAffineWeight)
         y = _integer_product(inputs, act, base)
     else:
         inputs = inputs if act is None else fake_quantize(inputs, act).astype(x.dtype)
@@ -97,9 +104,15 @@ def _quantized_activations(x: jax.Array, layer: QuantizedLinear) -> jax.Array:
     return y if layer.residual is None else y + _sparse(x.astype(jnp.float32), layer.residual)
 
 
-def _integer_product(x: jax.Array, act: ActivationQuant, base: AffineWeight) -> jax.Array:
-    """x [M, K] quantized to integers, times the integer codes of the weight: QUIK's arithmetic, for any groups."""
+def _integer_product(x: jax.Array, act: ActivationQuant, base: AffineWeight | CodebookWeight) -> jax.Array:
+    """x [M, K] quantized to integers, times the integers of the weight: QUIK's arithmetic, for any groups."""
     tokens = quantize_tokens(x, act)
+    if isinstance(base, CodebookWeight):
+        assert base.scales is not None
+        scales = base.scales.astype(jnp.float32)[:, None]
+        x_codes, x_scales, x_offsets = tokens
+        entries, columns = table_entries(base), base.shape[1]
+        return int_matmul.quantized_matmul(x_codes, x_scales, x_offsets, entries, scales, None, columns)
     half = 2 ** (base.bits - 1)
     codes = (unpack_codes(words(base), base.bits, base.shape[1]).astype(jnp.int16) - half).astype(jnp.int8)
     zeros = affine_zeros(base)

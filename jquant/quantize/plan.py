@@ -116,7 +116,9 @@ def stored_bits(spec: QuantSpec, shape: tuple[int, int]) -> float:
         column_bits = 16 if columns <= 65536 else 32
         kept = spec.sparse / 100 * rows * columns
         entries = 2**spec.bits + (0 if spec.nested_from is None else 2**spec.bits - 2**spec.nested_from)
-        tables = 16 * 2**spec.bits + 16 * rows if spec.shared else 16 * rows * entries
+        width = 8 if spec.int8_table else 16
+        scales = 16 * rows if spec.shared or spec.int8_table else 0
+        tables = width * entries * (1 if spec.shared else rows) + scales
         return words + tables + table + (kept * (16 + column_bits) + 32 * (rows + 1) if spec.sparse else 0)
     if spec.outliers:
         count = min(spec.outliers, columns)

@@ -129,9 +129,14 @@ def global_address(ref: Value) -> Value:
     return compat.llvm.ptrtoint(_i64(), compat.pointer(ref))
 
 
-def load_float(base: Value, index: Value) -> Value:
-    """Entry `index` of a float32 array in global memory."""
-    text = "{ .reg .b64 place; mad.wide.u32 place, $2, 4, $1; ld.global.nc.f32 $0, [place]; }"
+def load_float(base: Value, index: Value, dtype: str = "float32") -> Value:
+    """Entry `index` of an array of floats in global memory, as a float32 register."""
+    load, size = {
+        "float32": ("ld.global.nc.f32 $0, [place];", 4),
+        "bfloat16": ("ld.global.nc.b16 half, [place]; mov.b16 zero, 0; mov.b32 $0, {zero, half};", 2),
+        "float16": ("ld.global.nc.b16 half, [place]; cvt.f32.f16 $0, half;", 2),
+    }[dtype]
+    text = f"{{ .reg .b64 place; .reg .b16 half, zero; mad.wide.u32 place, $2, {size}, $1; {load} }}"
     return compat.inline_assembly([compat.f32()], [base, index], text, "=f,l,r", True)[0]
 
 

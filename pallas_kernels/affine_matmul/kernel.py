@@ -36,7 +36,8 @@ def affine_kernel(
     """Runs the kernel: [splits, M, N]. `arrays` as in `pallas_kernels.affine_matmul.affine_matmul`, padded:
 
     words [N/64, K/64, bits, 128]; x [M, K] with K a multiple of 64 (8 bits: 128) and M < 8 or a multiple of 8;
-    scales, zeros [G, N] with N a multiple of 64; row_scales, row_sums [N]; x_scales, x_offsets [M].
+    scales, zeros [G, N] with N a multiple of 64; row_scales [N] of 16 or 32 bits; row_sums [N], x_scales and
+    x_offsets [M] float32.
     """
     names = tuple(arrays)
     stage = _stage_types(problem, config)
@@ -135,7 +136,8 @@ def _body(
         k_part = lax.rem(warpgroup, jnp.int32(config.k_warpgroups))
         factor = byte_factor(problem.bits, problem.has_zeros) if decoder is None else 1
         multiply = warpgroup_step(problem, config, kind, decoder)
-        store = store_block(problem, config, out_dtype, tuple(refs), factor)
+        dtypes = {name: jnp.dtype(ref.dtype).name for name, ref in refs.items()}
+        store = store_block(problem, config, out_dtype, dtypes, factor)
         names = [name for name in ("words", "x", "scales", "zeros") if name in shared]
 
         def load_state(index: jax.Array) -> tuple[jax.Array, ...]:

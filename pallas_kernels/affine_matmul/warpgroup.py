@@ -198,15 +198,15 @@ def _first_row(thread: Value) -> Value:
 
 
 def store_block(
-    problem: Problem, config: Config, dtype: Any, names: tuple[str, ...], factor: int
+    problem: Problem, config: Config, dtype: Any, dtypes: dict[str, str], factor: int
 ) -> Callable[..., None]:
     """The function (refs, first token, first row, split, sums) -> None that scales a block [64, block_m] and writes it.
 
-    factor: how many times the weight an 8-bit operand is.
+    dtypes: of the arrays there are; factor: how many times the weight an 8-bit operand is.
 
     y[m, n] = sum * row_scales[n] * x_scales[m] + x_offsets[m] * row_sums[n], the factors that there are.
     """
-    epilogue = [name for name in ("row_scales", "x_scales", "x_offsets", "row_sums") if name in names]
+    epilogue = {name: dtypes[name] for name in ("row_scales", "x_scales", "x_offsets", "row_sums") if name in dtypes}
     count = config.block_m // 2
 
     @plgpu.inline_mgpu(
@@ -219,7 +219,8 @@ def store_block(
     def store(_: Any, arrays: list[Value], places: list[Any], sums: Any) -> None:
         bases = dict(zip(("out", *epilogue), (ops.global_address(ref) for ref in arrays), strict=True))
         corner = [compat.scalar_of(place) for place in places]
-        _store(problem, config, bases, corner, compat.registers_of(sums), jnp.dtype(dtype).name, factor)
+        out = jnp.dtype(dtype).name
+        _store(problem, config, bases, epilogue, corner, compat.registers_of(sums), out, factor)
 
     def run(refs: dict[str, Any], first_token: Any, first_row: Any, split: Any, sums: Any) -> None:
         arrays = [refs[name] for name in ("out", *epilogue)]
@@ -232,6 +233,7 @@ def _store(
     problem: Problem,
     config: Config,
     bases: dict[str, Value],
+    dtypes: dict[str, str],
     corner: list[Value],
     sums: list[Value],
     dtype: str,
@@ -246,7 +248,7 @@ def _store(
     last_row, last_token = constant(problem.outputs - 1), constant(problem.tokens - 1)
 
     def entry(name: str, index: Value, last: Value) -> Value:
-        return ops.load_float(bases[name], arith.minui(index, last))
+        return ops.load_float(bases[name], arith.minui(index, last), dtypes[name])
 
     row_scales = None
     if "row_scales" in bases:

@@ -2,14 +2,17 @@
 
     W[n, k] = codebook[n, codes[n, k]] * scales[n]                      one table a row, or one for the matrix
 
-    16-bit x:   y[m, n] = sum_k x[m, k] * W[n, k]                       float32 sums, entries exact, scales last
+    16-bit x:   y[m, n] = sum_k x[m, k] * W[n, k]                       float32 sums, entries exact, scales last;
+                                                                        tables of 16 bits an entry, or int8
     8-bit x:    y[m, n] = x_scales[m] * sum_k x[m, k] * W[n, k] + x_offsets[m] * row_sums[n],
                 row_sums[n] = sum_k W[n, k]; the codebook is int8 and its int32 sum exact
 
 The kernel is that of `pallas_kernels.affine_matmul` with another decoder: byte look-ups in registers
 (`pallas_kernels.codebook_matmul.decode`). Words: `pallas_kernels.fragments`, order "rows"; 8-bit x comes in
 `slot_order`. The non-uniform weights are those of SqueezeLLM (arXiv 2306.07629), whose kernel looks every one up in
-shared memory.
+shared memory. Tables of int8 entries take fewer instructions a weight; beside 16-bit x their operand is float16, and
+bfloat16 x becomes float16 with an exact power of two a token first (`pallas_kernels.codebook_matmul.tokens`): here by
+XLA; callers with few tokens do it themselves by `half_rows`, in one launch, and give the powers as x_scales.
 """
 
 from typing import Any
@@ -22,17 +25,20 @@ from pallas_kernels.affine_matmul.launch import check_tokens, launch
 from pallas_kernels.codebook_matmul.choice import choose as choose, supported as supported
 from pallas_kernels.codebook_matmul.decode import table_planes, table_words
 from pallas_kernels.codebook_matmul.tables import TableDecoder
+from pallas_kernels.codebook_matmul.token_rows import half_rows as half_rows, supported_rows as supported_rows
+from pallas_kernels.codebook_matmul.tokens import half_tokens as half_tokens
 from pallas_kernels.fragments import TILE, fragments_shape
 
 
 def prepare_tables(codebook: jax.Array, dtype: Any) -> jax.Array:
-    """Tables [N or 1, 2**bits] as the kernel reads them for x of `dtype`: uint32 [planes, N padded to 64, or 1].
+    """Tables [N or 1, 2**bits] as the kernel reads them: uint32 [planes, N padded to 64, or 1].
 
-    Entries are rounded to a 16-bit `dtype`; for int8 the codebook has to be int8, its scale apart.
+    dtype: of an entry, that of 16-bit x, to which entries are rounded; or int8, for a codebook that is int8 and has its
+    scale apart. Such tables serve x of any type.
     """
     if jnp.dtype(dtype) == jnp.int8 and codebook.dtype != jnp.int8:
         raise ValueError(
-            f"8-bit activations need an int8 codebook, got {codebook.dtype}; snap it to a grid a row first"
+            f"tables of 8-bit entries need an int8 codebook, got {codebook.dtype}; snap it to a grid a row first"
         )
     planes = table_planes(codebook.astype(dtype))
     return planes if planes.shape[1] == 1 else jnp.pad(planes, ((0, 0), (0, -planes.shape[1] % TILE)))
@@ -56,39 +62,46 @@ def codebook_matmul(
     """y [M, outputs], of `out_dtype` (that of 16-bit x; bfloat16 for 8-bit x); equations in the module.
 
     x [M, K] bfloat16, float16, or int8 codes in slot order; words uint32 [ceil(N/64), ceil(K/64), bits, 128]; tables
-    from `prepare_tables`, for the dtype of x; scales [N]. x_scales, x_offsets [M] or [M, 1] and row_sums [N] go with
-    8-bit x. multiplier: shift selectors by multiplications; None decides by the number of tokens.
+    from `prepare_tables`, of the dtype of x or of int8; scales [N] of 16 or 32 bits. x_offsets [M] or [M, 1] and
+    row_sums [N] go with 8-bit x, x_scales [M] or [M, 1] with any. multiplier: shift selectors by multiplications; None
+    decides by the number of tokens.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
     tokens, inputs = x.shape
-    _check(x, words, tables, scales, bits, outputs)
+    entry_bytes = _check(x, words, tables, scales, bits, outputs)
     check_tokens(tokens, outputs, x_scales, x_offsets, row_sums)
+    out_dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype))
+    if x.dtype == jnp.bfloat16 and entry_bytes == 1:
+        x, powers = half_tokens(x)
+        x_scales = powers if x_scales is None else powers * x_scales.reshape(-1).astype(jnp.float32)
     problem = Problem(tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32")
     if reason := supported(problem):
         raise ValueError(f"no codebook kernel: {reason}")
-    config = choose(problem) if config is None else config
+    config = choose(problem, entry_bytes) if config is None else config
     if reason := supported_config(problem, config):
         raise ValueError(f"{config} does not fit: {reason}")
-    out_dtype = jnp.dtype(out_dtype or (x.dtype if problem.x_bytes == 2 else jnp.bfloat16))
     # With many tokens a warpgroup has hardly a register to spare, and waits for the tensor core in any case.
-    decoder = TableDecoder(bits, problem.x_bytes, tables.shape[1], tokens <= 64 if multiplier is None else multiplier)
+    multiplier = tokens <= 64 if multiplier is None else multiplier
+    decoder = TableDecoder(bits, entry_bytes, problem.x_bytes, tables.shape[1], multiplier)
     weight = {"words": words, "tables": tables}
     if scales is not None:
-        weight["row_scales"] = scales.astype(jnp.float32)
+        weight["row_scales"] = scales
     return launch(problem, config, x, weight, x_scales, x_offsets, row_sums, out_dtype, decoder)
 
 
-def _check(
-    x: jax.Array, words: jax.Array, tables: jax.Array, scales: jax.Array | None, bits: int, outputs: int
-) -> None:
+def _check(x: jax.Array, words: jax.Array, tables: jax.Array, scales: jax.Array | None, bits: int, outputs: int) -> int:
+    """Bytes of a table's entry; ValueError for shapes that disagree."""
     shapes = [("words", words, fragments_shape((outputs, x.shape[1]), bits)), ("scales", scales, (outputs,))]
     for name, array, shape in shapes:
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {list(array.shape)}; expected {list(shape)}")
-    planes = table_words(bits, x.dtype.itemsize)
     padded = -(-outputs // TILE) * TILE
-    if tables.shape not in ((planes, 1), (planes, padded)):
-        raise ValueError(
-            f"tables have shape {list(tables.shape)}; expected [{planes}, 1] or [{planes}, {padded}], what "
-            f"prepare_tables gives for {x.dtype.name}"
-        )
+    for entry_bytes in sorted({1, x.dtype.itemsize}):
+        planes = table_words(bits, entry_bytes)
+        if tables.shape in ((planes, 1), (planes, padded)):
+            return entry_bytes
+    planes = table_words(bits, x.dtype.itemsize)
+    raise ValueError(
+        f"tables have shape {list(tables.shape)}; expected [{planes}, 1] or [{planes}, {padded}], what "
+        f"prepare_tables gives for {x.dtype.name}, or [{table_words(bits, 1)}, ...] of int8 entries"
+    )

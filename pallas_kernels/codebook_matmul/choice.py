@@ -39,12 +39,15 @@ def supported(problem: Problem) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose(problem: Problem) -> Config:
-    """The configuration of the least estimated time. ValueError if none fits."""
+def choose(problem: Problem, entry_bytes: int | None = None) -> Config:
+    """The configuration of the least estimated time. ValueError if none fits.
+
+    entry_bytes: of a table's entry, None if as many as of an input.
+    """
     found = candidates(problem)
     if not found:
         raise ValueError(f"no configuration computes {problem}")
-    return min(found, key=lambda config: estimate(problem, config))
+    return min(found, key=lambda config: estimate(problem, config, entry_bytes))
 
 
 def candidates(problem: Problem) -> list[Config]:
@@ -72,8 +75,9 @@ def candidates(problem: Problem) -> list[Config]:
     return found
 
 
-def estimate(problem: Problem, config: Config) -> float:
+def estimate(problem: Problem, config: Config, entry_bytes: int | None = None) -> float:
     """Nanoseconds that a product takes, roughly; good for comparisons only."""
+    operations = INTEGER_OPERATIONS[problem.bits, entry_bytes or problem.x_bytes, problem.x_bytes]
     column_blocks = -(-problem.tokens // config.block_m)
     items = -(-problem.outputs // config.rows) * column_blocks * config.splits
     steps = -(-problem.inputs // (config.block_k * config.splits))
@@ -82,7 +86,7 @@ def estimate(problem: Problem, config: Config) -> float:
     words = weights * problem.bits / 8
     # tokens of one block of outputs follow each other: only the first finds its words in memory alone
     memory = words / column_blocks / _MEMORY_BYTES + (words + x_bytes) / _CACHE_BYTES
-    look_ups = weights * (INTEGER_OPERATIONS[problem.bits, problem.x_bytes] + _OVERHEAD) / _INTEGER_OPERATIONS
+    look_ups = weights * (operations + _OVERHEAD) / _INTEGER_OPERATIONS
     products = weights * config.block_m / (_PRODUCTS * (2 if problem.x_bytes == 1 else 1))
     time = -(-items // config.blocks) * (max(memory, look_ups, products) + steps * _STEP + _BLOCK)
     time += (words / _MEMORY_BYTES + x_bytes / _CACHE_BYTES) / steps  # nothing to compute before the first stage

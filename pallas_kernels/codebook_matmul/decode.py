@@ -13,21 +13,32 @@ Tables of 16-bit entries are two planes of bytes, L (low) and H (high). Four loo
 Sixteen entries are two tables of eight: both are asked, and a third prmt takes byte j of the first or of the second
 by the selector nibble j | 4 * (bit 3 of code j). Four entries of 16 bits fit one register pair (L, H), so there the
 nibbles c and c + 4 fetch both bytes of a code at once, and c * 0x11 + 0x40 makes them by a multiplication, which costs
-the integer pipe nothing. Tables of 8-bit entries have one plane, and what it gives is the operand.
+the integer pipe nothing. Tables of 8-bit entries have one plane, and what it gives is the operand of 8 bits.
+
+8-bit entries e also make the operand of float16 inputs, exactly. Their tables then hold u = e + 128 (`biased_table`),
+and four looked-up bytes are put under the exponent whose last place is worth 1, two at a time, and lose what the
+exponent and the 128 brought, by a packed subtraction, which is no work of the integer pipe:
+
+    prmt(u, 0x64646464, 0x4240) = 1024 + u0, 1024 + u2      columns 2t, 2t+1
+    prmt(u, 0x64646464, 0x4341) = 1024 + u1, 1024 + u3      columns 2t+8, 2t+9
+    a = that - 1152, both halves
+
+Of bfloat16, whose mantissa has seven bits, a byte would need two exponents and so two more instructions.
 
 Instructions of the integer pipe a weight (it can afford 1.7 at 4 bits and 1.3 at 3 bits at the bandwidth of an H200):
 
-    bits                    2       3       4
-    16-bit entries          1.19    1.41    2.63
-    8-bit entries           0.56    0.66    1.38
+    bits                            2       3       4
+    16-bit entries                  1.19    1.41    2.63
+    8-bit entries, float16 inputs   1.06    1.16    1.88
+    8-bit entries, 8-bit inputs     0.56    0.66    1.38
 
-Right shifts (0.44 and 0.31, 0.22 and 0.22, 0.38 and 0.38 of these) can be had from the multiplier, too, as the high
+Right shifts (0.44 of the first, else 0.31, 0.22 and 0.38 of these) can be had from the multiplier, too, as the high
 half of a product; `Instructions.shift_right` chooses.
 
 The functions are written over `Instructions`, so that the sequence proven on NumPy is the one that runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -36,8 +47,21 @@ import jax.numpy as jnp
 # A lop3 table is the function's value on 0xF0 (a), 0xCC (b), 0xAA (c).
 _AND_OR = 0xEA  # a & b | c
 
-# (bits, bytes of an entry): instructions of the integer pipe a weight, those of the module's table
-INTEGER_OPERATIONS = {(2, 2): 1.19, (3, 2): 1.41, (4, 2): 2.63, (2, 1): 0.56, (3, 1): 0.66, (4, 1): 1.38}
+_EXPONENT = 0x64646464  # the high byte of the float16 numbers from 1024 to 1279
+_EXPONENT_AND_BIAS = 0x64806480  # 1152 = 1024 + 128, twice
+
+# (bits, bytes of an entry, bytes of an input): instructions of the integer pipe a weight, those of the module's table
+INTEGER_OPERATIONS = {
+    (2, 2, 2): 1.19,
+    (3, 2, 2): 1.41,
+    (4, 2, 2): 2.63,
+    (2, 1, 2): 1.06,
+    (3, 1, 2): 1.16,
+    (4, 1, 2): 1.88,
+    (2, 1, 1): 0.56,
+    (3, 1, 1): 0.66,
+    (4, 1, 1): 1.38,
+}
 
 Word = Any  # 32 bits: a value of the compiler's, or an array of NumPy's
 
@@ -67,6 +91,10 @@ class Instructions(Protocol):
 
     def multiply_add(self, a: Word, factor: int, addend: int) -> Word:
         """The low 32 bits of a * factor + addend."""
+        ...
+
+    def subtract_halves(self, a: Word, b: int) -> Word:
+        """sub.rn.f16x2: a - b as two float16 numbers each."""
         ...
 
 
@@ -101,13 +129,24 @@ def table_words(bits: int, entry_bytes: int) -> int:
     return 2**bits * entry_bytes // 4
 
 
+def biased_table(table: Sequence[Word], flip: Callable[[Word, int], Word]) -> list[Word]:
+    """The plane words of int8 entries e as those of unsigned e + 128, what float16 operands are made from."""
+    return [flip(word, 0x80808080) for word in table]
+
+
 def decode_tile(
-    instructions: Instructions, words: Sequence[Word], tables: Sequence[Sequence[Word]], bits: int, entry_bytes: int
+    instructions: Instructions,
+    words: Sequence[Word],
+    tables: Sequence[Sequence[Word]],
+    bits: int,
+    entry_bytes: int,
+    operand_bytes: int,
 ) -> list[list[Word]]:
     """The operand registers of one thread for a tile of 64 columns.
 
-    words: the thread's words of the tile, plane after plane; tables: the plane words of rows r0 and r1.
-    16-bit entries give four steps of m64k16, 8-bit entries two of m64k32, each [a0, a1, a2, a3].
+    words: the thread's words of the tile, plane after plane; tables: the plane words of rows r0 and r1, biased if 8-bit
+    entries are to make 16-bit operands, which are float16 then.
+    16-bit operands are four steps of m64k16, 8-bit operands two of m64k32, each [a0, a1, a2, a3].
     """
     if bits == 2 and entry_bytes == 2:
         return _two_bits(instructions, words, tables)
@@ -120,12 +159,16 @@ def decode_tile(
                 _look_up(instructions, tables[row][i : i + 2**bits // 4], selectors)
                 for i in range(0, table_words(bits, entry_bytes), 2**bits // 4)
             ]
-            if entry_bytes == 1:
+            if operand_bytes == 1:
                 bytes_[u][row + 2 * v] = planes[0]
+            elif entry_bytes == 1:
+                for pair, selector in ((0, 0x4240), (2, 0x4341)):
+                    raised = instructions.permute(planes[0], _EXPONENT, selector)
+                    steps[2 * u + v][row + pair] = instructions.subtract_halves(raised, _EXPONENT_AND_BIAS)
             else:
                 steps[2 * u + v][row] = instructions.permute(planes[0], planes[1], 0x6240)
                 steps[2 * u + v][row + 2] = instructions.permute(planes[0], planes[1], 0x7351)
-    return bytes_ if entry_bytes == 1 else steps
+    return bytes_ if operand_bytes == 1 else steps
 
 
 def _look_up(instructions: Instructions, table: Sequence[Word], selectors: Sequence[Word]) -> Word:

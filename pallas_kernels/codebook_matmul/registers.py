@@ -8,7 +8,7 @@ comes from a register whose value it cannot know (`unknown_one`).
 from typing import Any
 
 from pallas_kernels import compat
-from pallas_kernels.compat import Value, inline_assembly
+from pallas_kernels.compat import Value, constant, inline_assembly
 
 
 def unknown_one() -> Value:
@@ -46,6 +46,9 @@ class Registers:
 
     def multiply_add(self, a: Value, factor: int, addend: int) -> Value:
         return _instruction("mad.lo.u32", a, factor, addend)
+
+    def subtract_halves(self, a: Value, b: int) -> Value:
+        return _instruction("sub.rn.f16x2", a, constant(b))
 
     def _power(self, count: int) -> Value:
         if count not in self._powers:

@@ -2,7 +2,8 @@
 
 A thread loads the tables of its rows r0 and r1 once for a block of outputs, [planes] words a row, while it still works
 on the block before, and looks every code of the block up in them (`pallas_kernels.codebook_matmul.decode`). If the
-whole matrix has one table, both rows share its registers.
+whole matrix has one table, both rows share its registers. Tables of 8-bit entries serve 8-bit and float16 operands
+alike: for the latter the entries' sign bits are flipped as they are loaded.
 """
 
 from typing import Any
@@ -11,17 +12,19 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.codebook_matmul.decode import decode_tile, table_words
+from pallas_kernels.codebook_matmul.decode import biased_table, decode_tile, table_words
 from pallas_kernels.codebook_matmul.registers import Registers, unknown_one
 from pallas_kernels.compat import Value, arith, constant
 
 
 class TableDecoder:
-    """Decodes tiles of `bits`-bit codes into operands of `entry_bytes`; tables are words [planes, rows], rows = 1 if
-    all outputs share one. multiplier: shift by multiplications, see `pallas_kernels.codebook_matmul.registers`."""
+    """Decodes tiles of `bits`-bit codes into operands of `operand_bytes`; tables are words [planes, rows] of entries of
+    `entry_bytes`, rows = 1 if all outputs share one. multiplier: shift by multiplications, see
+    `pallas_kernels.codebook_matmul.registers`."""
 
-    def __init__(self, bits: int, entry_bytes: int, rows: int, multiplier: bool):
-        self.bits, self.entry_bytes, self.rows, self.multiplier = bits, entry_bytes, rows, multiplier
+    def __init__(self, bits: int, entry_bytes: int, operand_bytes: int, rows: int, multiplier: bool):
+        self.bits, self.entry_bytes, self.operand_bytes = bits, entry_bytes, operand_bytes
+        self.rows, self.multiplier = rows, multiplier
         self.planes = table_words(bits, entry_bytes)
         self.registers = self.planes * (1 if rows == 1 else 2) + multiplier
 
@@ -33,6 +36,8 @@ class TableDecoder:
             rows = [constant(0)] if self.rows == 1 else _own_rows(compat.scalar_of(first_row), self.rows)
             # every word of a plane, then the next plane: the addresses differ by a constant
             words = [_load_word(base, row, 4 * plane * self.rows) for row in rows for plane in range(self.planes)]
+            if self.entry_bytes < self.operand_bytes:
+                words = biased_table(words, lambda word, mask: arith.xori(word, constant(mask)))
             return compat.array_of(words + [unknown_one()] * self.multiplier)
 
         layout = compat.registers_type(self.registers, jnp.int32)
@@ -46,7 +51,7 @@ class TableDecoder:
             state[: self.planes] if self.rows == 1 else state[self.planes : 2 * self.planes],
         ]
         instructions = Registers(state[-1] if self.multiplier else None)
-        return decode_tile(instructions, words, tables, self.bits, self.entry_bytes)
+        return decode_tile(instructions, words, tables, self.bits, self.entry_bytes, self.operand_bytes)
 
 
 def _own_rows(first_row: Value, rows: int) -> list[Value]:

@@ -200,12 +200,31 @@ def test_options_that_a_method_does_not_take_are_named(capsys, tiny_checkpoint, 
         ("kllm", ["--table", "matrix", "--sparse", 1]),
         ("lnq", ["--nested-from", 3]),
         ("rtn", ["--exact"]),
+        ("gptq", ["--int8-tables"]),
     ):
         assert option[-2 if len(option) > 1 else -1] in refused(capsys, *words, method, *option)
     assert "has no Hessian to guide" in refused(capsys, *words, "rtn", "--guided")
     assert "has 32 inputs" in refused(capsys, *words, "quik", "--outliers", 40)
     code, out, err = run(capsys, *words, "quik", "--outliers", "101%")
     assert code == 2 and out == "" and "'101%' is not a percentage from 0 to 100" in err
+
+
+def test_int8_tables_show_what_they_add_to_the_error(capsys, tiny_checkpoint, tmp_path) -> None:
+    words = ["quantize", tiny_checkpoint, "--out", tmp_path / "o", "--method", "squeezellm", "--int8-tables"]
+    assert "not snapped to int8" in refused(capsys, *words, "--nested-from", 3, "--sparse", 0)
+    words += ["--act-bits", 8, "--sparse", 0, "--samples", 2, "--seq-len", 16]
+    words += ["--rule", "*.mlp.*=none", "--rule", "*.[kvo]_proj.weight=none"]  # layers of one shape: compiled once
+    code, out, _ = run(capsys, *words, "--json")
+    assert code == 0
+    snapping = json.loads(out)["int8_tables"]
+    assert 0 < snapping["mean_error_before"] <= snapping["mean_error"] * (1 + 1e-3) < 1
+    assert snapping["layer"].startswith("layers.") and snapping["layer_error"] > snapping["layer_error_before"]
+    code, out, _ = run(capsys, "inspect", tmp_path / "o", "--json")
+    row = next(row for row in json.loads(out)["layers"] if row["path"] == snapping["layer"])
+    assert code == 0 and row["kind"] == "codebook 4-bit, int8 table" and row["spec"] == "w4a8-codebook-int8"
+    assert row["float_table_error"] == snapping["layer_error_before"]
+    code, out, _ = run(capsys, "inspect", tmp_path / "o")
+    assert code == 0 and "before int8 tables" in out and f"{snapping['layer_error_before']:.2e}" in out
 
 
 def test_bad_sources_are_refused(capsys, tiny_checkpoint, tmp_path) -> None:

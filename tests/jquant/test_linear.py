@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.format.activations import ActivationQuant
+from jquant.format.activations import ActivationQuant, quantize_tokens
 from jquant.format.weights import (
+    CodebookWeight,
     OutlierColumns,
     QuantizedLinear,
     affine_weight,
     codebook_weight,
     dequantize,
     sparse_residual,
+    unpack,
 )
 from jquant.linear import STREAMING_TOKENS, Tap, choose, explain, linear, prepare
 from pallas_kernels.device import platform
@@ -38,6 +40,14 @@ def _codebook(bits: int, columns: int = K, rows: int = N) -> Any:
     return codebook_weight(codes, jnp.asarray(rng.normal(size=(rows, 2**bits)), jnp.bfloat16), bits)
 
 
+def _int8_table(bits: int, rows: int = N, activation: ActivationQuant | None = None) -> QuantizedLinear:
+    rng = np.random.default_rng(bits)
+    codes = jnp.asarray(rng.integers(0, 2**bits, (N, K), dtype=np.uint8))
+    table = jnp.asarray(np.sort(rng.integers(-127, 128, (rows, 2**bits))), jnp.int8)
+    scales = jnp.asarray(rng.uniform(0.01, 0.02, N), jnp.float16)
+    return QuantizedLinear(codebook_weight(codes, table, bits, scales), activation=activation)
+
+
 def _everything() -> QuantizedLinear:
     """Kept columns, residual entries and a bias beside a table."""
     rng = np.random.default_rng(0)
@@ -57,6 +67,7 @@ WEIGHTS = {
     "w4-g7-out": _affine(4, 7, "out"),
     "w8-g12": _affine(8, 12, "in"),
     "w5-codebook": _codebook(5),
+    "w4-codebook-int8": _int8_table(4),
     "w3-codebook with everything": _everything(),
 }
 linear_jit = jax.jit(linear)
@@ -116,6 +127,29 @@ def test_bfloat16_tokens_meet_kept_columns_and_integer_codes() -> None:
         y = np.asarray(linear_jit(x, w), np.float64)
         # half a step of 127 to an input, beside bfloat16's 8 bits
         assert np.all(np.abs(y - expected) <= 2**-8 * np.abs(expected) + 0.02 * size)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("bits", "rows"), [(4, N), (3, 1)])
+def test_int8_tables_multiply_integer_activations_in_int32(bits: int, rows: int, symmetric: bool) -> None:
+    w = _int8_table(bits, rows, ActivationQuant(None, None, 8, symmetric))
+    base, act = w.weight, w.activation
+    assert isinstance(base, CodebookWeight) and base.scales is not None and act is not None
+    assert choose(w, 3).implementation == "xla integer"
+    x = jnp.asarray(_x(3))
+    tokens = quantize_tokens(x, act)
+    integers = np.take_along_axis(
+        np.broadcast_to(np.asarray(base.codebook, np.int64), (N, 2**bits)), np.asarray(unpack(base)), axis=1
+    )
+    scales = np.asarray(base.scales, np.float64)
+    expected = (np.asarray(tokens.codes, np.int64) @ integers.T) * scales * np.asarray(tokens.scales, np.float64)
+    if tokens.offsets is not None:
+        expected += np.asarray(tokens.offsets, np.float64) * (integers.sum(axis=1) * scales)
+    for ready in (w, prepare(w)):
+        # the sum of integers is exact; it meets two scales, an offset and a sum in float32
+        np.testing.assert_allclose(linear_jit(x, ready), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+    floats = dataclasses.replace(w, weight=_codebook(bits))
+    assert "not snapped to int8" in choose(floats, 3).reason
 
 
 def test_dense_weight_and_bias_argument() -> None:

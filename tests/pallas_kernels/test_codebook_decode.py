@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.codebook_matmul.decode import (
     INTEGER_OPERATIONS,
+    biased_table,
     decode_tile,
     table_planes,
     table_words,
@@ -27,6 +28,7 @@ class Emulated:
 
     integer: int = 0
     multiplier: int = 0
+    floats: int = 0
 
     def _word(self, value: Any) -> np.ndarray:
         return np.asarray(value, np.uint32)
@@ -69,10 +71,15 @@ class Emulated:
         self.multiplier += 1
         return (self._word(a).astype(np.uint64) * factor + addend).astype(np.uint32)
 
+    def subtract_halves(self, a: Any, b: int) -> np.ndarray:
+        self.floats += 1
+        difference = np.ascontiguousarray(self._word(a)).view(np.float16) - np.array([b], np.uint32).view(np.float16)[0]
+        return difference.astype(np.float16).view(np.uint32)
 
-def _decode(codes: np.ndarray, codebook: Any, bits: int) -> tuple[np.ndarray, Emulated]:
+
+def _decode(codes: np.ndarray, codebook: Any, bits: int, operand: Any) -> tuple[np.ndarray, Emulated]:
     """The tile [64, 64] as the tensor core would see it; int8 in the order of the slots' columns."""
-    size = codebook.dtype.itemsize
+    size, operand = codebook.dtype.itemsize, np.dtype(operand)
     planes = np.asarray(table_planes(jnp.asarray(codebook)))
     assert planes.shape == (table_words(bits, size), 64)
     words = np.asarray(pack_fragments(jnp.asarray(codes), bits, "rows")).reshape(-1)
@@ -83,13 +90,15 @@ def _decode(codes: np.ndarray, codebook: Any, bits: int) -> tuple[np.ndarray, Em
         place += 128 * count
     machine = Emulated()
     tables = [list(planes[:, ROWS_OF]), list(planes[:, ROWS_OF + 8])]
-    steps = decode_tile(machine, mine, tables, bits, size)
-    dense = np.zeros((64, 64), codebook.dtype)
+    if size < operand.itemsize:
+        tables = [biased_table(table, lambda word, mask: word ^ np.uint32(mask)) for table in tables]
+    steps = decode_tile(machine, mine, tables, bits, size, operand.itemsize)
+    dense = np.zeros((64, 64), operand)
     for s, registers in enumerate(steps):
         for i, register in enumerate(registers):
             rows = ROWS_OF + 8 * (i % 2)
-            values = np.ascontiguousarray(register).view(codebook.dtype).reshape(128, -1)
-            if size == 2:
+            values = np.ascontiguousarray(register).view(operand).reshape(128, -1)
+            if operand.itemsize == 2:
                 columns = [16 * s + 8 * (i // 2) + 2 * T, 16 * s + 8 * (i // 2) + 2 * T + 1]
             else:
                 columns = [32 * s + 16 * (i // 2) + 2 * T + d for d in (0, 8, 1, 9)]
@@ -107,14 +116,29 @@ def test_every_thread_gets_its_operand(bits: int, dtype: Any) -> None:
     codebook = rng.integers(-128, 128, (64, 2**bits)).astype(dtype) * np.asarray(1, dtype)
     if dtype != np.int8:
         codebook = (rng.normal(size=(64, 2**bits)) * 10.0 ** rng.integers(-4, 4, (64, 2**bits))).astype(dtype)
-    dense, machine = _decode(codes, codebook, bits)
+    dense, machine = _decode(codes, codebook, bits, dtype)
     expected = np.take_along_axis(codebook, codes.astype(np.int64), axis=1)
     np.testing.assert_array_equal(dense.view(np.uint8), expected.view(np.uint8))
     # a thread decodes 32 weights a tile; the module's table says the same
     count = {(2, 2): 38, (3, 2): 45, (4, 2): 84, (2, 1): 18, (3, 1): 21, (4, 1): 44}
-    key = bits, np.dtype(dtype).itemsize
-    assert machine.integer == count[key]
-    assert abs(machine.integer / 32 - INTEGER_OPERATIONS[key]) <= 0.005
+    size = np.dtype(dtype).itemsize
+    assert machine.integer == count[bits, size] and machine.floats == 0
+    assert abs(machine.integer / 32 - INTEGER_OPERATIONS[bits, size, size]) <= 0.005
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_int8_entries_become_float16_operands_exactly(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (64, 64), dtype=np.uint8)
+    codebook = rng.integers(-128, 128, (64, 2**bits)).astype(np.int8)
+    codebook[:2, :4] = [[-128, 127, -1, 0], [-127, 126, 1, 64]]
+    dense, machine = _decode(codes, codebook, bits, np.float16)
+    expected = np.take_along_axis(codebook, codes.astype(np.int64), axis=1)
+    np.testing.assert_array_equal(dense, expected)
+    assert not np.signbit(dense[expected == 0]).any()
+    # two permutes and two subtractions for four weights more than 8-bit operands take
+    assert machine.integer == {2: 34, 3: 37, 4: 60}[bits] and machine.floats == 16
+    assert abs(machine.integer / 32 - INTEGER_OPERATIONS[bits, 1, 2]) <= 0.005
 
 
 def test_planes_hold_the_bytes_of_the_entries() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.affine_matmul.config import Config, Problem, supported_config
-from pallas_kernels.codebook_matmul import codebook_matmul, prepare_tables
+from pallas_kernels.codebook_matmul import codebook_matmul, half_rows, prepare_tables, supported_rows
 from pallas_kernels.codebook_matmul.choice import candidates, choose, estimate, supported
+from pallas_kernels.codebook_matmul.tokens import half_tokens
 from pallas_kernels.fragments import fragments_shape, pack_fragments, slot_order
 
 
@@ -18,14 +19,23 @@ def _problem(tokens: int, outputs: int, inputs: int, bits: int, x_dtype: str) ->
     return Problem(tokens, outputs, inputs, bits, None, False, x_dtype, "float32")
 
 
-@pytest.mark.parametrize("x_dtype", ["bfloat16", "float16", "int8"])
-def test_every_width_lowers_for_cuda(x_dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("x_dtype", "entry"),
+    [
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("int8", "int8"),
+        ("bfloat16", "int8"),
+        ("float16", "int8"),
+    ],
+)
+def test_every_width_lowers_for_cuda(x_dtype: str, entry: str) -> None:
     for bits, tokens, one_table, multiplier in [(2, 1, False, None), (3, 20, True, False), (4, 130, False, True)]:
         outputs, inputs = 200, 328
         args: dict[str, Any] = {
             "x": jax.ShapeDtypeStruct((tokens, inputs), jnp.dtype(x_dtype)),
             "words": jax.ShapeDtypeStruct(fragments_shape((outputs, inputs), bits), jnp.uint32),
-            "codebook": jax.ShapeDtypeStruct((1 if one_table else outputs, 2**bits), jnp.dtype(x_dtype)),
+            "codebook": jax.ShapeDtypeStruct((1 if one_table else outputs, 2**bits), jnp.dtype(entry)),
             "scales": jax.ShapeDtypeStruct((outputs,), jnp.float32),
         }
         if x_dtype == "int8":
@@ -35,12 +45,13 @@ def test_every_width_lowers_for_cuda(x_dtype: str) -> None:
 
         def run(args: dict[str, Any], bits: int = bits, multiplier: bool | None = multiplier) -> jax.Array:
             args = dict(args)
-            args["tables"] = prepare_tables(args.pop("codebook"), args["x"].dtype)
+            args["tables"] = prepare_tables(args.pop("codebook"), jnp.dtype(entry))
             return codebook_matmul(**args, bits=bits, outputs=200, multiplier=multiplier)
 
         lowered = jax.jit(run).trace(args).lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu" in lowered.as_text()
-        assert jax.tree.leaves(lowered.out_info)[0].shape == (tokens, outputs)
+        (out,) = jax.tree.leaves(lowered.out_info)
+        assert out.shape == (tokens, outputs) and out.dtype == ("bfloat16" if x_dtype == "int8" else x_dtype)
 
 
 CASES = [
@@ -56,19 +67,33 @@ CASES = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("x_dtype", ["bfloat16", "float16", "int8"])
-def test_product_is_that_of_the_looked_up_matrix(bits: int, x_dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("x_dtype", "entry"),
+    [
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("int8", "int8"),
+        ("bfloat16", "int8"),
+        ("float16", "int8"),
+    ],
+)
+def test_product_is_that_of_the_looked_up_matrix(bits: int, x_dtype: str, entry: str) -> None:
     for tokens, outputs, inputs, one_table in CASES:
         rng = np.random.default_rng(tokens)
         codes = rng.integers(0, 2**bits, (outputs, inputs), dtype=np.uint8)
         scales = rng.uniform(0.5, 2, outputs).astype(np.float32)
         shape = (1 if one_table else outputs, 2**bits)
-        if x_dtype == "int8":
+        if entry == "int8":
             codebook = jnp.asarray(rng.integers(-127, 128, shape), jnp.int8)
+        else:
+            codebook = jnp.asarray(rng.normal(size=shape), jnp.dtype(entry))
+        if x_dtype == "int8":
             x = jnp.asarray(rng.integers(-127, 128, (tokens, inputs)), jnp.int8)
         else:
-            codebook = jnp.asarray(rng.normal(size=shape), jnp.dtype(x_dtype))
-            x = jnp.asarray(rng.normal(size=(tokens, inputs)), jnp.dtype(x_dtype))
+            # bfloat16 beside int8 entries: tokens of any size, each with values of any size
+            spread = (10.0 ** rng.integers(-3, 3, (tokens, inputs))) * 10.0 ** rng.integers(-20, 20, (tokens, 1))
+            spread = spread if (x_dtype, entry) == ("bfloat16", "int8") else 1.0
+            x = jnp.asarray(rng.normal(size=(tokens, inputs)) * spread, jnp.dtype(x_dtype))
         table = np.broadcast_to(np.asarray(codebook, np.float64), (outputs, 2**bits))
         w = np.take_along_axis(table, codes.astype(np.int64), axis=1) * scales[:, None]
         exact = np.asarray(x, np.float64) @ w.T
@@ -84,9 +109,9 @@ def test_product_is_that_of_the_looked_up_matrix(bits: int, x_dtype: str) -> Non
             padded = jnp.pad(x, ((0, 0), (0, -inputs % 64)))
             x = padded[:, slot_order(padded.shape[1])]
         words = pack_fragments(jnp.asarray(codes), bits, "rows")
-        tables = prepare_tables(codebook, x.dtype)
+        tables = prepare_tables(codebook, jnp.dtype(entry))
         problem = _problem(tokens, outputs, inputs, bits, x_dtype)
-        best = choose(problem)
+        best = choose(problem, jnp.dtype(entry).itemsize)
         parted = [config for config in candidates(problem) if config.splits > 1 or config.k_warpgroups > 1]
         for config, multiplier in [(best, None), (best, False), *((config, True) for config in parted[-2:])]:
             y = codebook_matmul(
@@ -105,6 +130,31 @@ def test_product_is_that_of_the_looked_up_matrix(bits: int, x_dtype: str) -> Non
             tolerance = 1e-6 if x_dtype == "int8" else 1e-5
             error = np.abs(np.asarray(y, np.float64) - exact)
             assert np.all(error <= tolerance * terms), (config, multiplier, float((error / terms).max()))
+
+
+def test_bfloat16_tokens_become_float16_ones_of_a_power_of_two_exactly() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 33)) * 2.0 ** rng.integers(-8, 8, (40, 33)) * 2.0 ** rng.integers(-80, 80, (40, 1))
+    x = np.concatenate([x, np.zeros((1, 33)), np.full((1, 33), 3.38e38), np.full((1, 33), 1.2e-38)])
+    x = jnp.asarray(x, jnp.bfloat16)
+    half, scales = jax.jit(half_tokens)(x)
+    for kernel, specified in zip(half_rows(x, interpret=True), (half, scales), strict=True):
+        np.testing.assert_array_equal(kernel, specified)
+    exact = np.asarray(x, np.float64)
+    assert half.dtype == jnp.float16 and scales.shape == (43,)
+    np.testing.assert_array_equal(np.asarray(half, np.float64) * np.asarray(scales, np.float64)[:, None], exact)
+    assert np.all(np.exp2(np.round(np.log2(scales))) == scales)
+    largest = np.abs(np.asarray(half, np.float64)).max(1)[:40]
+    assert np.all((largest >= 2**14) & (largest < 2**15))
+    # what is far below a token's largest is rounded, by less than 2**-39 of it
+    wide = jnp.asarray([[1.9, 1.9 * 2.0**-31, 1.7 * 2.0**-36, 2.0**-60]], jnp.bfloat16)
+    half, scales = half_tokens(wide)
+    error = np.abs(np.asarray(half, np.float64) * float(scales[0]) - np.asarray(wide, np.float64))
+    assert error[0, 1] == 0 and np.all(error < 1.9 * 2.0**-39)
+    odd = jnp.asarray([[np.inf, 1.0, 0.0], [np.nan, 1.0, 0.0], [1.0, 2.0, 4.0]], jnp.bfloat16)
+    half, scales = half_tokens(odd)
+    assert np.isinf(half[0, 0]) and np.isnan(half[1, 0]) and np.all(np.isfinite(half[2])) and np.all(scales > 0)
+    assert np.all(np.isfinite(half[:, 1:])) and np.all(np.isfinite(scales))
 
 
 def test_a_choice_fits_and_is_the_best_estimate() -> None:
@@ -130,6 +180,11 @@ def test_what_has_no_kernel_is_said() -> None:
     }
     for sentence, problem in reasons.items():
         assert sentence in str(supported(problem))
+    assert supported_rows(3, 128, jnp.bfloat16) is None
+    assert "K=40000 exceeds" in str(supported_rows(3, 40000, jnp.bfloat16))
+    assert "not bfloat16" in str(supported_rows(3, 128, jnp.float16))
+    with pytest.raises(ValueError, match="are none"):
+        half_rows(jnp.zeros((0, 64), jnp.bfloat16))
 
 
 def test_bad_arguments_say_what_was_expected() -> None:
@@ -138,7 +193,7 @@ def test_bad_arguments_say_what_was_expected() -> None:
     with pytest.raises(ValueError, match=r"words has shape \[1, 1, 4, 128\]; expected \[2, 1, 4, 128\]"):
         codebook_matmul(x, words, tables, bits=4, outputs=128)
     with pytest.raises(ValueError, match=r"expected \[8, 1\] or \[8, 64\], what prepare_tables gives for bfloat16"):
-        codebook_matmul(x, words, tables[:4], bits=4, outputs=64)
+        codebook_matmul(x, words, tables[:2], bits=4, outputs=64)
     with pytest.raises(ValueError, match="one for each of the 2 tokens"):
         codebook_matmul(x, words, tables, bits=4, outputs=64, x_scales=jnp.zeros(3))
     with pytest.raises(ValueError, match="go together"):

@@ -10,6 +10,7 @@
     kllm         Fisher [N, K]            codebook    the same; with `shared` one table for the matrix, a scale a row
     lnq          Fisher, Hessian          codebook    squeezellm's solution, refined for (w - q)^T H (w - q)
 
+A spec with -int8 has the tables of the last three snapped to int8, after all else.
 The passes work on plain arrays; packing happens in this package and nowhere else.
 """
 
@@ -30,6 +31,7 @@ from jquant.quantize.matrix.tables import (
     activation_of as activation_of,
     kllm_layer,
     refine_table as refine_table,
+    snapped_layer,
     sparse_shares as sparse_shares,
     squeezellm_layer,
 )
@@ -196,10 +198,14 @@ def table_layer(
     fisher: jax.Array | None,
     outlier_range: float | None,
 ) -> Layer:
-    """A layer of the methods that fit codebooks; of lnq, its start."""
+    """A layer of the methods that fit codebooks; of lnq, its start, with tables of floats."""
     if spec.shared:
-        return kllm_layer(path, W, fisher, spec, recipe.row_scale)
-    return squeezellm_layer(path, W, fisher, spec, outlier_range, recipe.exact)
+        layer = kllm_layer(path, W, fisher, spec, recipe.row_scale)
+    else:
+        layer = squeezellm_layer(path, W, fisher, spec, outlier_range, recipe.exact)
+    if not spec.int8_table or recipe.method == "lnq":
+        return layer
+    return snapped_layer(layer, W, spec, fisher)
 
 
 def both_axes(spec: QuantSpec) -> tuple[QuantSpec, QuantSpec]:

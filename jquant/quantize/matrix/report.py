@@ -12,7 +12,10 @@ from jquant.format.weights import QuantizedLinear, bits_per_weight, dequantize, 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What happened to one layer. Errors are relative: |W - Q|^2 / |W|^2, plain and in the method's own measure."""
+    """What happened to one layer. Errors are relative: |W - Q|^2 / |W|^2, plain and in the method's own measure.
+
+    float_table_error: where tables were snapped to int8, what objective_error was before.
+    """
 
     path: str
     spec: str
@@ -24,6 +27,7 @@ class LayerReport:
     kept: int = 0
     damping: float | None = None
     note: str | None = None
+    float_table_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -45,6 +49,7 @@ def describe_layer(
     kept: int = 0,
     damping: float | None = None,
     notes: tuple[str | None, ...] = (),
+    float_table_error: float | None = None,
 ) -> Layer:
     """The layer with its report. hessian [K, K] or fisher [N, K]: what the error is weighted with; exact: bool [N, K],
     entries that the residual makes exact."""
@@ -62,6 +67,7 @@ def describe_layer(
         kept=kept,
         damping=damping,
         note="; ".join(note for note in notes if note) or None,
+        float_table_error=float_table_error,
     )
     return quantized, report
 

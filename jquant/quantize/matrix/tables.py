@@ -20,7 +20,7 @@ from jquant.format.weights import (
 from jquant.quantize.calibrate.histogram import HistogramStats, activation_codebook, unusable_histogram
 from jquant.quantize.grid import half_if_it_fits, storage_dtype
 from jquant.quantize.matrix.report import Layer, describe_layer
-from jquant.quantize.passes import kllm, lnq, nested, squeezellm
+from jquant.quantize.passes import int8_tables, kllm, lnq, nested, squeezellm
 
 SENSITIVE_PERCENT = 0.05  # of all entries, kept for their Fisher value; the rest of `sparse` are outliers
 
@@ -35,6 +35,7 @@ def squeezellm_layer(
 ) -> Layer:
     """A table a row weighted by the Fisher [N, K] (None: unweighted), and the sparse part that the spec asks for.
 
+    Tables of floats, whatever the spec says of int8: `snapped_layer` is what follows.
     outlier_range: R of the whole model; None is that of this matrix. exact: tables by dynamic programming over every
     entry.
     """
@@ -76,23 +77,73 @@ def refine_table(start: Layer, W: jax.Array, spec: QuantSpec, hessian: jax.Array
     notes = (report.note, None if bool(result.ok) else "not refined: the Hessian is zero or not finite")
     quantized = _packed(W, result.codebook.astype(dtype), result.codes, mask, spec)
     method = "lnq" if bool(result.ok) else report.method
-    return describe_layer(
+    layer = describe_layer(
         report.path, spec, method, W, quantized, hessian=hessian, exact=mask, kept=report.kept, notes=notes
+    )
+    return snapped_layer(layer, W, spec, hessian=hessian) if spec.int8_table else layer
+
+
+def snapped_layer(
+    layer: Layer, W: jax.Array, spec: QuantSpec, fisher: jax.Array | None = None, hessian: jax.Array | None = None
+) -> Layer:
+    """The layer with its table, or tables, snapped to int8; the report keeps the error from before.
+
+    Codes are chosen anew: the nearest with a Fisher [N, K] or nothing, those of LNQ's codes step with a Hessian [K, K],
+    which can gain more than snapping costs, since LNQ ends with a step of its tables.
+    Entries kept sparse stay exact: the residual is that of the new base.
+    """
+    packed, report = layer
+    base = packed.weight
+    assert isinstance(base, CodebookWeight)
+    if fisher is not None and squeezellm.unusable_fisher(fisher):
+        fisher = None
+    codes, mask = unpack(base), None if packed.residual is None else entries(padded(packed.residual))
+    weights = jnp.ones_like(W) if fisher is None else fisher.astype(jnp.float32)
+    if hessian is not None:
+        weights = jnp.broadcast_to(jnp.diagonal(hessian)[None], W.shape)
+    if base.scales is not None:
+        table, scales, codes = int8_tables.snap_matrix(W, weights, base.codebook, codes, base.scales)
+    else:
+        dtype = int8_tables.scale_dtype(base.codebook)
+        table, scales, nearest = int8_tables.snap_rows(W, weights, base.codebook, codes, mask, dtype)
+        held = None
+        if hessian is not None:
+            held = lnq.choose_codes(W, hessian, int8_tables.dense_tables(table, scales), codes, mask=mask)
+        codes = held.codes if held is not None and bool(held.ok) else nearest
+    quantized = _packed(W, table, codes, mask, spec, scales)
+    return describe_layer(
+        report.path,
+        spec,
+        report.method,
+        W,
+        quantized,
+        hessian=hessian,
+        fisher=fisher,
+        exact=mask,
+        kept=report.kept,
+        notes=(report.note,),
+        float_table_error=report.objective_error,
     )
 
 
 def _packed(
-    W: jax.Array, codebook: jax.Array, codes: jax.Array, mask: jax.Array | None, spec: QuantSpec
+    W: jax.Array,
+    codebook: jax.Array,
+    codes: jax.Array,
+    mask: jax.Array | None,
+    spec: QuantSpec,
+    scales: jax.Array | None = None,
 ) -> QuantizedLinear:
     residual = None
     if mask is not None:
-        values = squeezellm.residual_values(W, codebook, codes, mask)
+        dense = codebook if scales is None else int8_tables.dense_tables(codebook, scales)
+        values = squeezellm.residual_values(W, dense, codes, mask)
         residual = sparse_residual(mask, values, half_if_it_fits(values))
-    return QuantizedLinear(codebook_weight(codes, codebook, spec.bits), residual=residual)
+    return QuantizedLinear(codebook_weight(codes, codebook, spec.bits, scales), residual=residual)
 
 
 def kllm_layer(path: str, W: jax.Array, fisher: jax.Array | None, spec: QuantSpec, row_scale: kllm.RowScale) -> Layer:
-    """One table for the matrix and a scale a row."""
+    """One table for the matrix and a scale a row; of floats, as in `squeezellm_layer`."""
     rms = jnp.sqrt(jnp.mean(jnp.square(W), axis=1))
     codebook, codes, scales = kllm.kllm(
         W,

@@ -92,18 +92,8 @@ def lnq(
     rounds=0 is a single C-step; damping is at least 0. Tables are rounded to `codebook_dtype` after every C-step, so
     codes are chosen against what will be stored. Raises ValueError for shapes that disagree.
     """
-    _check(W, H, codebook, codes, mask)
-    W, codes = W.astype(jnp.float32), codes.astype(jnp.int32)
-    # What is kept elsewhere is often the largest of its row; it must not set the unit of the rest.
-    W = W if mask is None else jnp.where(mask, 0.0, W)
     given = round_to_storage(codebook, codebook_dtype)
-    H, dead, unit, ok = _in_units(H, damping)
-    ok = ok & jnp.all(jnp.isfinite(W)) & jnp.all(jnp.isfinite(given))
-    W, start = jnp.where(jnp.isfinite(W), W, 0.0), jnp.where(jnp.isfinite(given), given, 0.0)
-    size = jnp.maximum(jnp.max(jnp.abs(W), axis=1, keepdims=True), jnp.max(jnp.abs(start), axis=1, keepdims=True))
-    size = jnp.where(size > 0, size, 1.0)
-    problem = _Problem(W / size, H, size, mask, dead)
-    first = problem.evaluate(start, codes)
+    problem, first, unit, ok = _start(W, H, given, codes, mask, damping)
 
     def improve(index: jax.Array, state: _State) -> _State:
         # The first round comes without its P-step: the codes of the start suit the start's table.
@@ -112,17 +102,68 @@ def lnq(
         return _better(problem.evaluate(*_move_entries(problem, state, codebook_dtype)), state)
 
     last = jax.lax.fori_loop(0, rounds + 1, improve, first)
-    final = jnp.where(dead, assign_codes(W, last.codebook), last.codes)
-    if mask is not None:
-        final = jnp.where(mask, codes, final)
+    return _result(problem, W, first, last, given.astype(codebook_dtype), unit, ok)
+
+
+@partial(jax.jit, static_argnames=("block_size",))
+def choose_codes(
+    W: jax.Array,
+    H: jax.Array,
+    codebook: jax.Array,
+    codes: jax.Array,
+    *,
+    sweeps: jax.Array | int = 4,
+    mask: jax.Array | None = None,
+    damping: jax.Array | float = 0.1,
+    block_size: int = 128,
+) -> LNQResult:
+    """The P-step alone, for a codebook [N, C] float32, ascending, that has to stay: arguments as those of `lnq`."""
+    codebook = codebook.astype(jnp.float32)
+    problem, first, unit, ok = _start(W, H, codebook, codes, mask, damping)
+    moved = _descend(problem, first, jnp.asarray(sweeps, jnp.int32), block_size)
+    last = _better(problem.evaluate(first.codebook, moved), first)
+    return _result(problem, W, first, last, codebook, unit, ok)
+
+
+def _start(
+    W: jax.Array, H: jax.Array, codebook: jax.Array, codes: jax.Array, mask: jax.Array | None, damping: Any
+) -> tuple[_Problem, _State, jax.Array, jax.Array]:
+    """(the problem, the given tables and codes in it, the unit of H, usable)."""
+    _check(W, H, codebook, codes, mask)
+    W, codes = W.astype(jnp.float32), codes.astype(jnp.int32)
+    # What is kept elsewhere is often the largest of its row; it must not set the unit of the rest.
+    W = W if mask is None else jnp.where(mask, 0.0, W)
+    H, dead, unit, ok = _in_units(H, damping)
+    ok = ok & jnp.all(jnp.isfinite(W)) & jnp.all(jnp.isfinite(codebook))
+    W, start = jnp.where(jnp.isfinite(W), W, 0.0), jnp.where(jnp.isfinite(codebook), codebook, 0.0)
+    size = jnp.maximum(jnp.max(jnp.abs(W), axis=1, keepdims=True), jnp.max(jnp.abs(start), axis=1, keepdims=True))
+    size = jnp.where(size > 0, size, 1.0)
+    problem = _Problem(W / size, H, size, mask, dead)
+    return problem, problem.evaluate(start, codes), unit, ok
+
+
+def _result(
+    problem: _Problem,
+    W: jax.Array,
+    first: _State,
+    last: _State,
+    given: jax.Array,
+    unit: jax.Array,
+    ok: jax.Array,
+) -> LNQResult:
+    """`last` in the units and the type of the given codebook; first, if the problem is unusable."""
+    size = problem.size
+    final = jnp.where(problem.dead, assign_codes(W, last.codebook), last.codes)
+    if problem.kept is not None:
+        final = jnp.where(problem.kept, first.codes, final)
     scale = jnp.where(ok, unit * size[:, 0], 0.0)
 
     def in_given_units(objective: jax.Array) -> jax.Array:
         return jnp.maximum(objective, 0.0) * scale * jnp.where(ok, size[:, 0], 0.0)
 
     return LNQResult(
-        jnp.where(ok, last.codebook, given).astype(codebook_dtype),
-        jnp.where(ok, final, codes),
+        jnp.where(ok, last.codebook, given.astype(jnp.float32)).astype(given.dtype),
+        jnp.where(ok, final, first.codes),
         in_given_units(first.objective),
         in_given_units(last.objective),
         ok,

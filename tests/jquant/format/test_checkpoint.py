@@ -44,6 +44,11 @@ def _codebook(rows: int = 4, columns: int = 10, bits: int = 2) -> CodebookWeight
     return codebook_weight(codes, jnp.asarray(rng.normal(size=(rows, 2**bits)), jnp.bfloat16), bits)
 
 
+def _int8_table() -> CodebookWeight:
+    table = jnp.asarray(np.random.default_rng(7).integers(-127, 128, (4, 8)), jnp.int8)
+    return codebook_weight(jnp.ones((4, 10), jnp.uint8), table, 3, jnp.ones(4, jnp.float16))
+
+
 def _residual(columns: int, entries: int) -> SparseResidual:
     pointer = jnp.asarray([0, entries, entries, entries, entries], jnp.int32)
     return SparseResidual(
@@ -60,6 +65,7 @@ def _model() -> dict[str, Any]:
         "layers.0.b.weight": QuantizedLinear(_affine(), residual=_residual(10, 0)),
         "layers.0.c.weight": _affine(axis="out"),
         "layers.0.d.weight": _codebook(),
+        "layers.0.e.weight": _int8_table(),
         "norm.weight": np.ones(6, np.float32),
     }
 
@@ -149,6 +155,18 @@ def test_leaf_arrays_and_back_is_the_identity() -> None:
     arrays, static = leaf_arrays(_model()["layers.0.a.weight"])
     assert static["kind"] == "quantized_linear" and static["weight"]["kind"] == "codebook"
     assert {"weight.codes", "outliers.index", "residual.values", "bias"} <= set(arrays)
+
+
+def test_int8_tables_need_scales_and_nothing_nested() -> None:
+    arrays, static = leaf_arrays(_int8_table())
+    nested = jnp.zeros((4, 4), jnp.float16)
+    for changed in ({k: v for k, v in arrays.items() if k != "scales"}, arrays | {"nested": nested}):
+        with pytest.raises(ValueError, match="codebook is int8; expected scales beside it, and nothing nested"):
+            leaf_from_arrays(changed, static, "a")
+    with pytest.raises(ValueError, match="codebook is int16; expected float32"):
+        leaf_from_arrays(arrays | {"codebook": arrays["codebook"].astype(jnp.int16)}, static, "a")
+    with pytest.raises(ValueError, match="has no scales"):
+        codebook_weight(jnp.ones((4, 10), jnp.uint8), arrays["codebook"], 3)
 
 
 def test_extra_files_travel_and_may_not_take_our_names(tmp_path: Path) -> None:

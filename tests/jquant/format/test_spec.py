@@ -25,6 +25,11 @@ SPELLINGS = {
     ),
     "w4-sym-2:4": QuantSpec(4, symmetric=True, semistructured=True),
     "w8-codebook-nested3": QuantSpec(8, "codebook", nested_from=3),
+    "w4-codebook-int8": QuantSpec(4, "codebook", int8_table=True),
+    "w4a8-codebook-shared-int8-actsym": QuantSpec(
+        4, "codebook", shared=True, int8_table=True, activation=ActivationSpec(8, symmetric=True)
+    ),
+    "w3-codebook-int8+s0.45%": QuantSpec(3, "codebook", int8_table=True, sparse=0.45),
 }
 
 
@@ -70,6 +75,8 @@ def test_order_of_the_parts_and_blanks_around_do_not_matter() -> None:
         ("w4-shared", "only a codebook is shared"),
         ("w4-nested3", "only codebooks are nested"),
         ("w3-codebook-nested4", "nested from 4 to 3 bits"),
+        ("w4-int8", "only the table of a codebook is snapped to int8"),
+        ("w8-codebook-nested3-int8", "tables of several widths are not snapped"),
         ("w4a4+k50%", "0 <= percent < 50"),
     ],
 )
