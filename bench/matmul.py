@@ -73,6 +73,7 @@ OPS = (
     Op("W3A16 codebook", "w3-codebook"),
     Op("W3A16 codebook + 0.45 %", "w3-codebook+s0.45%"),
     Op("W4A16 codebook", "w4-codebook"),
+    Op("W4A16 g128 + 0.45 %", "w4-g128-sym+s0.45%"),
     Op("W4A16 codebook int8", "w4-codebook-int8"),
     Op("W4A8 codebook int8", "w4a8-codebook-int8-actsym"),
     Op("W3A16 codebook int8", "w3-codebook-int8"),

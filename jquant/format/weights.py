@@ -31,7 +31,7 @@ from jquant.format.rotation import Rotation
 from jquant.format.semistructured import SparseAffineWeight, dequantize_semistructured
 from jquant.format.spec import GroupAxis
 from pallas_kernels.packing import pack_codes, unpack_codes
-from pallas_kernels.sparse_matmul import SparseRows
+from pallas_kernels.sparse_matmul import EntryTiles, SparseRows
 
 T = TypeVar("T")
 
@@ -111,8 +111,9 @@ class SparseResidual:
     """Entries kept exactly, as a compressed-row matrix of W - dequantize(base) at their places.
 
     values [nnz], columns [nnz] (uint16 where K <= 65536, else int32), row_pointer int32 [N + 1].
-    rows int32 [nnz] repeats what row_pointer says, a row an entry; `by_row` are the entries as a GPU kernel reads them.
-    `jquant.prepare` adds one of them, a checkpoint never has any.
+    rows int32 [nnz] repeats what row_pointer says, a row an entry; by_row and by_tile are the entries as GPU kernels
+    read them, in a product of their own or inside that of the base. `jquant.prepare` adds what the device needs, a
+    checkpoint never has any.
     """
 
     values: jax.Array
@@ -121,6 +122,7 @@ class SparseResidual:
     shape: tuple[int, int]  # § (N, K)
     rows: jax.Array | None = None
     by_row: SparseRows | None = None
+    by_tile: EntryTiles | None = None
 
 
 @_pytree()
@@ -282,7 +284,9 @@ def entries(residual: SparseResidual) -> jax.Array:
 def canonical(weight: Weight) -> Weight:
     """The same weight as a checkpoint holds it: in the "stream" layout, without what `jquant.prepare` adds."""
     if isinstance(weight, QuantizedLinear):
-        rest = None if weight.residual is None else dataclasses.replace(weight.residual, rows=None, by_row=None)
+        rest = weight.residual
+        if rest is not None:
+            rest = dataclasses.replace(rest, rows=None, by_row=None, by_tile=None)
         kept = None if weight.outliers is None else dataclasses.replace(weight.outliers, slots=None)
         return dataclasses.replace(weight, weight=canonical(weight.weight), outliers=kept, residual=rest)
     if isinstance(weight, SparseAffineWeight):

@@ -13,6 +13,7 @@ from jquant.format.weights import (
     AffineWeight,
     CodebookWeight,
     QuantizedLinear,
+    SparseResidual,
     canonical,
     dequantize,
     is_quantized,
@@ -25,7 +26,7 @@ from jquant.linear.choice import as_layer, running_dtype
 from pallas_kernels.activation_quantize import slot_columns
 from pallas_kernels.codebook_matmul import prepare_tables
 from pallas_kernels.device import no_hopper, platform
-from pallas_kernels.sparse_matmul import prepare_rows
+from pallas_kernels.sparse_matmul import EntryTiles, prepare_rows, prepare_tiles
 
 
 def prepare(tree: Any) -> Any:
@@ -36,17 +37,15 @@ def prepare(tree: Any) -> Any:
     kernel does. Else a residual gets the row of each entry beside it. Weights are converted one at a time, so the
     extra memory is one weight's.
     """
-    kernels = no_hopper() is None and jnp.dtype(running_dtype(tree)).itemsize == 2
-    return jax.tree.map(
-        lambda leaf: _prepared(leaf, kernels) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized
-    )
+    dtype = jnp.dtype(running_dtype(tree))
+    return jax.tree.map(lambda leaf: _prepared(leaf, dtype) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
 
 
-def _prepared(w: Any, kernels: bool) -> Any:
+def _prepared(w: Any, dtype: Any) -> Any:
     w = canonical(w)
     layer = as_layer(w)
-    if kernels and hopper.no_fragments(layer) is None:
-        layer = jax.block_until_ready(_for_hopper(layer))
+    if no_hopper() is None and dtype.itemsize == 2 and hopper.no_fragments(layer) is None:
+        layer = jax.block_until_ready(_for_hopper(layer, dtype))
     else:
         rest = None if layer.residual is None else with_rows(layer.residual)
         base = layer.weight
@@ -56,8 +55,15 @@ def _prepared(w: Any, kernels: bool) -> Any:
     return layer if isinstance(w, QuantizedLinear) else layer.weight
 
 
-def _for_hopper(layer: QuantizedLinear) -> QuantizedLinear:
+def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
     base, act, kept, rest = layer.weight, layer.activation, layer.outliers, layer.residual
+    assert not isinstance(base, SparseAffineWeight)
+    if rest is not None:
+        tiles = None if hopper.no_tiles(layer) else _entry_tiles(base, rest, dtype)
+        rows = None
+        if tiles is None or hopper.ROWS_TOKENS > 0:
+            rows = prepare_rows(*(np.asarray(a) for a in (rest.values, rest.columns, rest.row_pointer)))
+        rest = dataclasses.replace(rest, by_row=rows, by_tile=tiles)
     sums = None
     if act is not None and not act.symmetric:  # offsets of activations meet the sums of the weight's rows
         sums = _row_sums(base)
@@ -69,10 +75,24 @@ def _for_hopper(layer: QuantizedLinear) -> QuantizedLinear:
         base = dataclasses.replace(base, row_sums=sums)
     if kept is not None and act is not None:
         kept = dataclasses.replace(kept, slots=slot_columns(shape_of(layer)[1], kept.index))
-    if rest is not None:
-        entries = prepare_rows(*(np.asarray(a) for a in (rest.values, rest.columns, rest.row_pointer)))
-        rest = dataclasses.replace(rest, by_row=entries)
     return dataclasses.replace(layer, weight=base, outliers=kept, residual=rest)
+
+
+def _entry_tiles(base: AffineWeight | CodebookWeight, rest: SparseResidual, dtype: Any) -> EntryTiles | None:
+    """The entries in the units of the kernel's decoder, whose scale multiplies after they are added; None where that
+    cannot be: an entry beside a scale of zero, or one that is too large in such units."""
+    values, columns, pointer = (np.asarray(array) for array in (rest.values, rest.columns, rest.row_pointer))
+    values = values.astype(np.float32)
+    if base.scales is not None:
+        scales = np.asarray(base.scales.astype(jnp.float32)).reshape(base.shape[0], -1)
+        row = np.repeat(np.arange(base.shape[0]), np.diff(pointer))
+        group = columns // base.group_size if isinstance(base, AffineWeight) else 0
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            values = values / scales[row, group]
+    kind = jnp.dtype(hopper.operand_of(base, jnp.dtype(dtype).name))
+    if not np.all(np.abs(values) <= float(jnp.finfo(kind).max)):
+        return None
+    return prepare_tiles(values, columns, pointer, base.shape[1], kind)
 
 
 @jax.jit

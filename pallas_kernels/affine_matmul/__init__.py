@@ -26,8 +26,9 @@ from pallas_kernels.affine_matmul.config import (
     supported as supported,
     supported_config as supported_config,
 )
-from pallas_kernels.affine_matmul.launch import check_tokens, launch
+from pallas_kernels.affine_matmul.launch import check_entries, check_tokens, launch
 from pallas_kernels.fragments import fragments_shape
+from pallas_kernels.sparse_matmul import EntryTiles
 
 
 def affine_matmul(
@@ -42,6 +43,7 @@ def affine_matmul(
     x_scales: jax.Array | None = None,
     x_offsets: jax.Array | None = None,
     row_sums: jax.Array | None = None,
+    entries: EntryTiles | None = None,
     out_dtype: Any = None,
     config: Config | None = None,
 ) -> jax.Array:
@@ -49,7 +51,8 @@ def affine_matmul(
 
     x [M, K] bfloat16, float16, or int8 codes in slot order; words uint32 [ceil(N/64), ceil(K/64), bits, 128];
     scales [G, N] float32, bfloat16 or float16, zeros [G, N] whole numbers 0..255; G = ceil(K / group_size), 1 for
-    None. x_scales, x_offsets [M] or [M, 1] float32 and row_sums [N] float32 go with 8-bit x. Rows of `scales` and
+    None. x_scales, x_offsets [M] or [M, 1] float32 and row_sums [N] float32 go with 8-bit x. entries, with 16-bit x:
+    sparse entries added to W, each divided by the scale of its place, of the type of x. Rows of `scales` and
     `zeros` that are no multiple of 64 long are padded here, which copies them: pad them once beforehand.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
@@ -59,7 +62,10 @@ def affine_matmul(
     check_tokens(tokens, outputs, x_scales, x_offsets, row_sums)
     if zeros is not None and group_size is None:  # zeros belong to groups: the row is one, longer than any block
         group_size = 1 << max(inputs - 1, 2**14).bit_length()
-    problem = Problem(tokens, outputs, inputs, bits, group_size, zeros is not None, x.dtype.name, scales.dtype.name)
+    words_each = check_entries(entries, outputs, x)
+    problem = Problem(
+        tokens, outputs, inputs, bits, group_size, zeros is not None, x.dtype.name, scales.dtype.name, words_each
+    )
     if reason := supported(problem):
         raise ValueError(f"no affine kernel: {reason}")
     config = choose(problem) if config is None else config
@@ -74,6 +80,8 @@ def affine_matmul(
         weight["scales"] = _whole_tiles(scales)
         if zeros is not None:
             weight["zeros"] = _whole_tiles(zeros.astype(jnp.uint8))
+    if entries is not None:
+        weight |= {"slots": entries.slots, "overflow": entries.overflow}
     return launch(problem, config, x, weight, x_scales, x_offsets, row_sums, out_dtype)
 
 

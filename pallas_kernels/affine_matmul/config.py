@@ -59,7 +59,8 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Static facts of one product. x_dtype "bfloat16", "float16" or "int8"; group_size None: whole rows."""
+    """Static facts of one product. x_dtype "bfloat16", "float16" or "int8"; group_size None: whole rows; entry_words:
+    words of sparse entries a block of 64 x 128 weights, 0 if there are none."""
 
     tokens: int
     outputs: int
@@ -69,6 +70,7 @@ class Problem:
     has_zeros: bool
     x_dtype: str
     scale_dtype: str
+    entry_words: int = 0
 
     @property
     def x_bytes(self) -> int:
@@ -79,6 +81,11 @@ class Problem:
         """Inputs in the 128 bytes of a swizzled row of x."""
         return 128 // self.x_bytes
 
+    @property
+    def multiplies_entries(self) -> bool:
+        """Whether sparse entries are multiplied by the inputs of the only token, and not added to weights."""
+        return self.entry_words > 0 and self.tokens == 1
+
 
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a CTA, without its barriers."""
@@ -88,6 +95,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
         groups = max(1, config.block_k // problem.group_size)
         scale = 4 if problem.scale_dtype == "float32" else 2
         stage += groups * config.rows * (scale + problem.has_zeros)
+    stage += config.row_warpgroups * (config.block_k // 128) * problem.entry_words * 4
     return config.stages * stage + (config.k_warpgroups - 1) * config.rows * config.block_m * 4
 
 
@@ -101,6 +109,8 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return f"block_k={config.block_k} is not whole tiles for {config.k_warpgroups} warpgroups along K"
     if config.k_warpgroups > 1 and per_warpgroup % problem.x_columns:
         return f"{per_warpgroup} inputs a warpgroup are not a multiple of {problem.x_columns}"
+    if problem.entry_words and per_warpgroup % 128:
+        return f"{per_warpgroup} inputs a warpgroup are not a multiple of 128, the inputs that share sparse entries"
     if config.block_k > 256 * 64 or config.rows > 256:
         return "a block is larger than one copy can be"
     if group is not None and (config.block_k % group and group % config.block_k):
@@ -135,9 +145,21 @@ def accumulators(problem: Problem, config: Config) -> int:
     return own * (1 + sums_in_flight(config)) if sums_groups(problem, config) else own
 
 
+def no_entries(problem: Problem) -> str | None:
+    """None, or the reason why the sparse entries of `problem` cannot be added to its weights."""
+    if problem.entry_words and problem.x_bytes == 1:
+        return "sparse entries are added to 16-bit operands, and activations are int8"
+    group = problem.group_size
+    if problem.entry_words and group is not None and group % 128 and 128 % group:
+        return f"group_size={group} does not go with sparse entries, which come for 128 inputs at a time"
+    return None
+
+
 def supported(problem: Problem) -> str | None:
     """None, or the reason why no configuration computes `problem`."""
     group = problem.group_size
+    if reason := no_entries(problem):
+        return reason
     if problem.bits not in (2, 3, 4, 8):
         return f"bits={problem.bits} has no kernel; expected 2, 3, 4 or 8"
     if problem.x_dtype not in ("bfloat16", "float16", "int8"):

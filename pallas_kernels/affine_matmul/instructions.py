@@ -91,6 +91,15 @@ def to_float(integer: Value) -> Value:
     return compat.arith.sitofp(compat.f32(), integer)
 
 
+def sum_of_four(value: Value) -> Value:
+    """The sum of a float32 register over the four threads that hold the same rows of a product."""
+    text = (
+        "{ .reg .f32 other; shfl.sync.bfly.b32 other, $1, 1, 0x1f, 0xffffffff; add.f32 $0, $1, other; "
+        "shfl.sync.bfly.b32 other, $0, 2, 0x1f, 0xffffffff; add.f32 $0, $0, other; }"
+    )
+    return compat.inline_assembly([compat.f32()], [value], text, "=&f,f", False)[0]
+
+
 def load_shared(base: Value, offset: Value, count: int) -> list[Value]:
     """`count` consecutive words (1, 2 or 4) at a byte address base + offset of shared memory, in one instruction.
 

@@ -11,6 +11,9 @@ the tensor core works on a tile of 64 inputs, the next tile is decoded.
 Shared memory of a stage: words [row warpgroups, block_k / 64, bits, 128] uint32; x [block_m, block_k] in tiles of 8 x
 128 bytes with the 128-byte swizzle; scales, zeros [groups, 64 * row warpgroups]. Sums of `k_warpgroups` warpgroups that
 share outputs meet in shared memory; those of `splits` CTAs leave the kernel as [splits, M, N].
+
+Sparse entries, if there are any, come as [row warpgroups, block_k / 128, words] uint32 a stage and are added to the
+decoded weights (`pallas_kernels.sparse_matmul.tiles`); what overflowed stays in global memory.
 """
 
 import functools
@@ -37,7 +40,7 @@ def affine_kernel(
 
     words [N/64, K/64, bits, 128]; x [M, K] with K a multiple of 64 (8 bits: 128) and M < 8 or a multiple of 8;
     scales, zeros [G, N] with N a multiple of 64; row_scales [N] of 16 or 32 bits; row_sums [N], x_scales and
-    x_offsets [M] float32.
+    x_offsets [M] float32; slots, overflow of sparse entries.
     """
     names = tuple(arrays)
     stage = _stage_types(problem, config)
@@ -82,6 +85,8 @@ def _stage_types(problem: Problem, config: Config) -> dict[str, tuple[tuple[int,
         types["scales"] = ((groups, config.rows), jnp.dtype(problem.scale_dtype), ())
         if problem.has_zeros:
             types["zeros"] = ((groups, config.rows), jnp.uint8, ())
+    if problem.entry_words:
+        types["slots"] = ((config.row_warpgroups, config.block_k // 128, problem.entry_words), jnp.uint32, ())
     return types
 
 
@@ -138,7 +143,8 @@ def _body(
         multiply = warpgroup_step(problem, config, kind, decoder)
         dtypes = {name: jnp.dtype(ref.dtype).name for name, ref in refs.items()}
         store = store_block(problem, config, out_dtype, dtypes, factor)
-        names = [name for name in ("words", "x", "scales", "zeros") if name in shared]
+        names = [name for name in ("words", "x", "scales", "zeros", "slots") if name in shared]
+        overflow = [refs["overflow"]] if problem.entry_words else []
 
         def load_state(index: jax.Array) -> tuple[jax.Array, ...]:
             first_row = (place(index)[0] * config.row_warpgroups + row_part) * 64
@@ -154,7 +160,8 @@ def _body(
                 done, sums = carry
                 slot = lax.rem(done, jnp.int32(config.stages))
                 plgpu.barrier_wait(shared["full"].at[slot])
-                sums = multiply([shared[name].at[slot] for name in names], sums, row_part, k_part, *state)
+                stage = [shared[name].at[slot] for name in names]
+                sums = multiply(stage + overflow, sums, row_part, k_part, *state)
                 plgpu.barrier_arrive(shared["empty"].at[slot])
                 return done + 1, sums
 
@@ -190,6 +197,10 @@ def _copy_stage(
     plgpu.copy_gmem_to_smem(source, shared["words"].at[slot], full)
     source = refs["x"].at[pl.ds(column * config.block_m, config.block_m), pl.ds(step * config.block_k, config.block_k)]
     plgpu.copy_gmem_to_smem(source, shared["x"].at[slot], full)
+    if problem.entry_words:
+        rows, blocks = pl.ds(row * config.row_warpgroups, config.row_warpgroups), config.block_k // 128
+        source = refs["slots"].at[rows, pl.ds(step * blocks, blocks)]
+        plgpu.copy_gmem_to_smem(source, shared["slots"].at[slot], full)
     if problem.group_size is not None:
         groups = max(1, config.block_k // problem.group_size)
         first = lax.div(step * config.block_k, jnp.int32(problem.group_size))

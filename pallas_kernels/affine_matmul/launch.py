@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.affine_matmul.config import Config, Problem
 from pallas_kernels.affine_matmul.kernel import affine_kernel
 from pallas_kernels.affine_matmul.warpgroup import Decoder
+from pallas_kernels.sparse_matmul import EntryTiles, entry_tiles_shape
 
 
 def launch(
@@ -59,3 +60,17 @@ def check_tokens(
         raise ValueError(f"row_sums has shape {list(row_sums.shape)}; expected {[outputs]}")
     if (x_offsets is None) != (row_sums is None):
         raise ValueError("x_offsets and row_sums go together; give both or none")
+
+
+def check_entries(entries: EntryTiles | None, outputs: int, x: jax.Array) -> int:
+    """Words of a block of sparse entries, 0 without any. ValueError unless they are for such a weight and such x."""
+    if entries is None:
+        return 0
+    blocks = entry_tiles_shape((outputs, x.shape[1]))
+    if entries.slots.ndim != 3 or entries.slots.shape[:2] != blocks:
+        raise ValueError(f"slots of entries have shape {list(entries.slots.shape)}; expected {[*blocks, 'words']}")
+    if x.dtype.itemsize == 2 and entries.dtype != x.dtype.name:  # other types have no kernel
+        raise ValueError(
+            f"entries are {entries.dtype} and x is {x.dtype}; expected one type, prepare them for that of x"
+        )
+    return entries.slots.shape[2]

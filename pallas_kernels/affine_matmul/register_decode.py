@@ -72,11 +72,10 @@ def half_fragments(
     operand: ops.Operand,
     zeros: Sequence[Value],
     has_zeros: bool,
-    scales: Sequence[Value] | None,
 ) -> list[list[Value]]:
     """A of the four m64k16 of a tile: registers (r0; 2t, 2t+1), (r1; same), (r0; 2t+8, 2t+9), (r1; same).
 
-    zeros: what `half_zeros` gives for rows r0, r1. scales: two equal 16-bit floats for r0, r1, multiplied in; or None.
+    zeros: what `half_zeros` gives for rows r0, r1.
     """
     exponent = _EXPONENT[operand] * 0x00010001
     fragments = []
@@ -92,8 +91,11 @@ def half_fragments(
                 word = ops.shift(words[2 * step + row], -8 * second)
                 registers.append(_byte_pair(word, operand, zeros[row], has_zeros))
             fragments.append(registers)
-    if scales is None:
-        return fragments
+    return fragments
+
+
+def scaled(fragments: Sequence[Sequence[Value]], scales: Sequence[Value], operand: ops.Operand) -> list[list[Value]]:
+    """16-bit operands times a scale each row, two equal 16-bit floats for r0 and for r1."""
     return [[ops.packed("mul", a, scales[i % 2], operand) for i, a in enumerate(step)] for step in fragments]
 
 

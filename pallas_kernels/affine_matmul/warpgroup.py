@@ -10,6 +10,10 @@ on the next group of the stage
 
 Otherwise the sums of the whole row stay in place. At the end of a stage every product is waited for: one that is still
 in flight reads operand registers that nothing protects across a turn of the loop.
+
+Sparse entries are added to the decoded weights, in their units: before a scale is multiplied, wherever that is. For one
+token they are multiplied by its inputs apart: every thread sums its own, in registers that otherwise belong to tokens
+past the end, and those of the four threads that share rows are added before they are stored.
 """
 
 import functools
@@ -23,6 +27,7 @@ from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops, register_decode as decode
 from pallas_kernels.affine_matmul.config import Config, Problem, sums_groups, sums_in_flight
 from pallas_kernels.compat import Value, arith, constant
+from pallas_kernels.sparse_matmul.adder import EntryAdder
 
 _AHEAD = 2  # tiles whose words are read before they are decoded
 _OPERANDS: dict[str, ops.Operand] = {"bfloat16": "bf16", "float16": "f16", "int8": "s8"}
@@ -45,13 +50,16 @@ class Decoder(Protocol):
 
 def warpgroup_step(problem: Problem, config: Config, kind: Any, decoder: Decoder | None = None) -> Callable[..., Any]:
     """The function (stage refs, sums, row_part, k_part, *state) -> sums, `sums` being block_m / 2 registers of every
-    thread. state: what `decoder.load` gave, if there is a decoder."""
+    thread. The refs of a stage are followed, if it has sparse entries, by that of their overflow. state: what
+    `decoder.load` gave, if there is a decoder."""
     state_types = [] if decoder is None else [compat.registers_layout(decoder.registers)]
     count = config.block_m // 2
     swizzle = (plgpu.TilingTransform((8, problem.x_columns)), plgpu.SwizzleTransform(128))
     refs = [plgpu.RefType(), plgpu.RefType(swizzle)]
     if problem.group_size is not None:
         refs += [plgpu.RefType()] * (1 + problem.has_zeros)
+    if problem.entry_words:
+        refs += [plgpu.RefType()] * 2
 
     @plgpu.inline_mgpu(
         arg_types=(refs, compat.registers_layout(count), compat.SCALAR, compat.SCALAR, *state_types),
@@ -74,15 +82,18 @@ def _multiply_stage(problem: Problem, config: Config, reader: "_Reader", total: 
     pipelined = sums_in_flight(config) == 2
     waiting: tuple[list[Value], list[Value]] | None = None  # sums of the previous group, and its scales
     sums: list[Value] | None = None if grouped else total
-    words = [reader.words(tile) for tile in range(min(_AHEAD, tiles))]
+    apart: list[Value] | None = None  # entries times inputs, of rows r0 and r1
+    ahead = [reader.read(tile) for tile in range(min(_AHEAD, tiles))]
     grid: _Grid | None = None
     for tile in range(tiles):
         if tile + _AHEAD < tiles:
-            words.append(reader.words(tile + _AHEAD))
+            ahead.append(reader.read(tile + _AHEAD))
         if tile % run == 0:
             grid = reader.grid(tile // run)
         assert grid is not None
-        fragments = reader.fragments(words[tile], grid)
+        fragments = reader.fragments(tile, *ahead[tile], grid)
+        if problem.multiplies_entries:
+            apart = reader.multiply_entries(tile, ahead[tile][1], grid, apart)
         sums = ops.multiply_tile(sums, fragments, reader.columns, reader.offset(tile), config.block_m, reader.operand)
         if not grouped and 0 < tile < tiles - 1:
             ops.wait_for_earlier(1)  # the registers of the operand before are free
@@ -95,7 +106,10 @@ def _multiply_stage(problem: Problem, config: Config, reader: "_Reader", total: 
             else:
                 total = _scaled(total, sums, grid.scales, in_flight=0)
             sums = None
-    return total if grouped else ops.wait_for_products(sums or [], 0)
+    total = total if grouped else ops.wait_for_products(sums or [], 0)
+    if apart is not None:
+        total = [arith.addf(total[0], apart[0]), total[1], arith.addf(total[2], apart[1]), *total[3:]]
+    return total
 
 
 def _scaled(total: list[Value], sums: list[Value], scales: list[Value], in_flight: int) -> list[Value]:
@@ -129,17 +143,26 @@ class _Reader:
         first_tile = arith.addi(
             arith.muli(row_part, constant(config.block_k // 64)), arith.muli(k_part, constant(own_inputs // 64))
         )
+        self.adder: EntryAdder | None = None
+        if problem.entry_words:
+            *stage, slots, overflow = stage
+            first_block = arith.muli(first_tile, constant(2 * problem.entry_words))  # bytes: a block is two tiles
+            own_slots = arith.addi(ops.shared_address(slots), first_block)
+            self.adder = EntryAdder(own_slots, ops.global_address(overflow), self.operand, problem.entry_words)
         words, x, *grids = [ops.shared_address(ref) for ref in stage]
         self.base = arith.addi(words, arith.muli(first_tile, constant(tile_bytes)))
         # Inputs of k_part begin at a swizzle atom: 1 KiB holds eight tokens and 128 bytes of inputs.
         own_x = arith.addi(x, arith.muli(k_part, constant(own_inputs // problem.x_columns * 1024)))
+        self.x = own_x
         self.columns = ops.columns_descriptor(own_x, config.block_k // problem.x_columns * 1024)
         row = arith.addi(arith.muli(row_part, constant(64)), _first_row(self.thread))
         self.grids = [(address, row) for address in grids]
         self.decode: Callable[[list[Value]], list[list[Value]]] | None = None
 
-    def words(self, tile: int) -> list[Value]:
-        return decode.read_tile(self.base, self.thread, tile, self.problem.bits)
+    def read(self, tile: int) -> tuple[list[Value], list[Value]]:
+        """The words of a tile, and what the adder fetches of its entries."""
+        words = decode.read_tile(self.base, self.thread, tile, self.problem.bits)
+        return words, [] if self.adder is None else self.adder.fetch(tile)
 
     def offset(self, tile: int) -> int:
         """Bytes from the descriptor's address to the columns of a tile."""
@@ -180,14 +203,33 @@ class _Reader:
         addresses = [first, arith.addi(first, constant(8 * _BYTES[dtype]))]
         return [ops.load_narrow("shared", address, dtype) for address in addresses]
 
-    def fragments(self, words: list[Value], grid: _Grid) -> list[list[Value]]:
+    def fragments(self, tile: int, words: list[Value], fetched: list[Value], grid: _Grid) -> list[list[Value]]:
+        decoded = self._decoded(words, grid)
+        if self.adder is not None and not self.problem.multiplies_entries:
+            decoded = self.adder.add(decoded, tile, fetched)
+        return decoded if grid.half_scales is None else decode.scaled(decoded, grid.half_scales, self.operand)
+
+    def multiply_entries(self, tile: int, fetched: list[Value], grid: _Grid, apart: list[Value] | None) -> list[Value]:
+        """apart plus the entries of the tile times inputs, with the scale of their group, for rows r0 and r1."""
+        assert self.adder is not None
+        before = apart or [ops.float_constant(0.0)] * 2
+        start = [ops.float_constant(0.0)] * 2 if grid.scales else before
+        start = [arith.bitcast(compat.i32(), value) for value in start]
+        sums = self.adder.multiply(start, tile, fetched, self.x, self.offset(tile))
+        sums = [arith.bitcast(compat.f32(), value) for value in sums]
+        if not grid.scales:
+            return sums
+        scaled = zip(sums, grid.scales, before, strict=True)
+        return [ops.multiply_add(value, scale, old) for value, scale, old in scaled]
+
+    def _decoded(self, words: list[Value], grid: _Grid) -> list[list[Value]]:
         if self.decode is not None:
             return self.decode(words)
         if self.operand == "s8":
             return decode.byte_fragments(words, self.problem.bits, grid.zeros)
         assert grid.zeros is not None
         bits, has_zeros = self.problem.bits, self.problem.has_zeros
-        return decode.half_fragments(words, bits, self.operand, grid.zeros, has_zeros, grid.half_scales)
+        return decode.half_fragments(words, bits, self.operand, grid.zeros, has_zeros)
 
 
 def _first_row(thread: Value) -> Value:
@@ -245,6 +287,8 @@ def _store(
     rows = [row0, arith.addi(row0, constant(8))]
     token0 = arith.addi(first_token, arith.muli(arith.andi(thread, constant(3)), constant(2)))
     values = [ops.to_float(v) if v.type == compat.i32() else v for v in sums]
+    if problem.multiplies_entries:
+        values[0], values[2] = ops.sum_of_four(values[0]), ops.sum_of_four(values[2])
     last_row, last_token = constant(problem.outputs - 1), constant(problem.tokens - 1)
 
     def entry(name: str, index: Value, last: Value) -> Value:

@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.affine_matmul.config import Config, Problem, supported_config
-from pallas_kernels.affine_matmul.launch import check_tokens, launch
+from pallas_kernels.affine_matmul.launch import check_entries, check_tokens, launch
 from pallas_kernels.codebook_matmul.choice import choose as choose, supported as supported
 from pallas_kernels.codebook_matmul.decode import table_planes, table_words
 from pallas_kernels.codebook_matmul.tables import TableDecoder
 from pallas_kernels.codebook_matmul.token_rows import half_rows as half_rows, supported_rows as supported_rows
 from pallas_kernels.codebook_matmul.tokens import half_tokens as half_tokens
 from pallas_kernels.fragments import TILE, fragments_shape
+from pallas_kernels.sparse_matmul import EntryTiles
 
 
 def prepare_tables(codebook: jax.Array, dtype: Any) -> jax.Array:
@@ -55,6 +56,7 @@ def codebook_matmul(
     x_scales: jax.Array | None = None,
     x_offsets: jax.Array | None = None,
     row_sums: jax.Array | None = None,
+    entries: EntryTiles | None = None,
     out_dtype: Any = None,
     config: Config | None = None,
     multiplier: bool | None = None,
@@ -63,8 +65,9 @@ def codebook_matmul(
 
     x [M, K] bfloat16, float16, or int8 codes in slot order; words uint32 [ceil(N/64), ceil(K/64), bits, 128]; tables
     from `prepare_tables`, of the dtype of x or of int8; scales [N] of 16 or 32 bits. x_offsets [M] or [M, 1] and
-    row_sums [N] go with 8-bit x, x_scales [M] or [M, 1] with any. multiplier: shift selectors by multiplications; None
-    decides by the number of tokens.
+    row_sums [N] go with 8-bit x, x_scales [M] or [M, 1] with any. entries, with 16-bit x: sparse entries added to the
+    looked-up weights, so divided by the scale of their row, of the type of x, or of float16 beside int8 tables.
+    multiplier: shift selectors by multiplications; None decides by the number of tokens.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
     tokens, inputs = x.shape
@@ -74,7 +77,8 @@ def codebook_matmul(
     if x.dtype == jnp.bfloat16 and entry_bytes == 1:
         x, powers = half_tokens(x)
         x_scales = powers if x_scales is None else powers * x_scales.reshape(-1).astype(jnp.float32)
-    problem = Problem(tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32")
+    words_each = check_entries(entries, outputs, x)
+    problem = Problem(tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32", words_each)
     if reason := supported(problem):
         raise ValueError(f"no codebook kernel: {reason}")
     config = choose(problem, entry_bytes) if config is None else config
@@ -86,6 +90,8 @@ def codebook_matmul(
     weight = {"words": words, "tables": tables}
     if scales is not None:
         weight["row_scales"] = scales
+    if entries is not None:
+        weight |= {"slots": entries.slots, "overflow": entries.overflow}
     return launch(problem, config, x, weight, x_scales, x_offsets, row_sums, out_dtype, decoder)
 
 

@@ -10,7 +10,7 @@ import functools
 import itertools
 from dataclasses import replace
 
-from pallas_kernels.affine_matmul.config import MULTIPROCESSORS, Config, Problem, supported_config
+from pallas_kernels.affine_matmul.config import MULTIPROCESSORS, Config, Problem, no_entries, supported_config
 from pallas_kernels.codebook_matmul.decode import INTEGER_OPERATIONS
 from pallas_kernels.int_matmul import LONGEST_SUM
 
@@ -27,6 +27,8 @@ _OVERHEAD = 0.12  # integer operations a weight beside the look-up
 
 def supported(problem: Problem) -> str | None:
     """None, or the reason why no configuration computes `problem`, a whole-row one without zeros."""
+    if reason := no_entries(problem):
+        return reason
     if problem.bits not in (2, 3, 4):
         return f"bits={problem.bits} has no look-up in registers; expected 2, 3 or 4"
     if problem.x_dtype not in ("bfloat16", "float16", "int8"):

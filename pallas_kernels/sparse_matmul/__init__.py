@@ -5,6 +5,9 @@ arXiv 2306.07629, about 0.45 % of all entries.
 
     gather_sum   jax.numpy, any device
     add_rows     GPU: y + the sum, entries as `prepare_rows` lays them out
+
+`affine_matmul` and `codebook_matmul` can add the entries to their decoded weights instead: `prepare_tiles` lays them
+out, `adder` adds them.
 """
 
 from pallas_kernels.sparse_matmul.gather import gather_sum as gather_sum
@@ -15,4 +18,9 @@ from pallas_kernels.sparse_matmul.rows import (
     default_config as default_config,
     prepare_rows as prepare_rows,
     supported as supported,
+)
+from pallas_kernels.sparse_matmul.tiles import (
+    EntryTiles as EntryTiles,
+    entry_tiles_shape as entry_tiles_shape,
+    prepare_tiles as prepare_tiles,
 )

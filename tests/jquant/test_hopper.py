@@ -56,10 +56,20 @@ def _quik(bits: int, symmetric: bool) -> QuantizedLinear:
     return QuantizedLinear(_affine(4, None, True, K - 4), kept, activation=act)
 
 
-def _residual(dtype: Any = jnp.float16) -> QuantizedLinear:
+def _residual(base: Any, dtype: Any = jnp.float16) -> QuantizedLinear:
     mask = jnp.asarray(np.random.default_rng(0).random((N, K)) < 0.02)
     values = jnp.asarray(np.random.default_rng(1).normal(size=(N, K)), jnp.float32)
-    return QuantizedLinear(_codebook(3), residual=sparse_residual(mask, values, dtype))
+    return QuantizedLinear(base, residual=sparse_residual(mask, values, dtype))
+
+
+def _scaled(base: Any) -> Any:
+    """A codebook weight with a scale a row."""
+    return dataclasses.replace(base, scales=jnp.asarray(np.random.default_rng(2).uniform(0.5, 2, N), jnp.float32))
+
+
+def _with_zero_scales(base: Any) -> Any:
+    """Groups of row 1 and the first group of row 7 are all zero."""
+    return dataclasses.replace(base, scales=base.scales.at[1].set(0).at[7, 0].set(0))
 
 
 LAYERS = {
@@ -75,7 +85,12 @@ LAYERS = {
     "w3a8-codebook-shared-int8": _int8_table(3, ActivationQuant(None, None, 8), 1),
     "w4a8-codebook-int8-actsym": _int8_table(4, ActivationQuant(None, None, 8, symmetric=True)),
     "w4a8-g64": QuantizedLinear(_affine(4, 64, symmetric=True), activation=ActivationQuant(None, None, 8)),
-    "w3-codebook+s2%": _residual(),
+    "w3-codebook+s2%": _residual(_codebook(3)),
+    "w4-codebook with scales+s2%": _residual(_scaled(_codebook(4))),
+    "w4-codebook-int8+s2%": _residual(_int8_table(4).weight),
+    "w4-g64+s2%": _residual(_affine(4, 64)),
+    "w8+s2%": _residual(_affine(8, None, symmetric=True)),
+    "w4-g64 with zero scales+s2%": _residual(_with_zero_scales(_affine(4, 64))),
     "w4a4+o4": _quik(4, False),
     "w4a8+o4": _quik(8, True),
 }
@@ -97,14 +112,16 @@ def test_prepared_layers_lower_to_a_kernel_and_keep_their_meaning(name: str) -> 
     ready = prepare(w)
     np.testing.assert_array_equal(dequantize(ready), dequantize(w))
     assert size_bytes(ready) == size_bytes(w)
-    for tokens in (1, 20):
+    for tokens in (1, hopper.ROWS_TOKENS + 8):
         assert choose(ready, tokens).implementation == "pallas"
         x = jax.ShapeDtypeStruct((tokens, shape_of(w)[1]), jnp.bfloat16)
         program = lower_for_gpu(linear, x, ready)
         assert "mosaic_gpu" in program
-        beside = isinstance(w, QuantizedLinear) and (w.activation is not None) + (w.residual is not None)
-        # int8 tables beside bfloat16: a kernel that makes it float16
-        assert count_kernels(program) == int(beside) + (name == "w4-codebook-int8")
+        beside = name.startswith("w4-codebook-int8")  # int8 tables beside bfloat16: a kernel that makes it float16
+        if isinstance(w, QuantizedLinear):
+            by_row = w.residual is not None and (tokens <= hopper.ROWS_TOKENS or "zero scales" in name)
+            beside = (w.activation is not None) + by_row + beside
+        assert count_kernels(program) == int(beside)
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -154,7 +171,7 @@ def test_what_no_kernel_serves_says_why() -> None:
         (_affine(4, 32), "not a multiple of 64"),
         (_affine(5, 64), "bits=5"),
         (dataclasses.replace(LAYERS["w4a4+o4"], activation=ActivationQuant(jnp.zeros(16), None, 4)), "by a table"),
-        (_residual(jnp.float32), "sparse entries are float32"),
+        (_residual(_codebook(3), jnp.float32), "sparse entries are float32"),
         (QuantizedLinear(_codebook(4), activation=ActivationQuant(None, None, 8)), "snap it with --int8-tables"),
         (QuantizedLinear(_int8_table(5).weight), "bits=5"),
     ):
@@ -170,6 +187,24 @@ def test_what_no_kernel_serves_says_why() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         choose(prepare(LAYERS["w4-g64"]), 0, "pallas")
     assert choose(prepare(LAYERS["w4-g64"]), 4, "xla").implementation == "xla fused"
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_sparse_entries_are_kept_as_the_kernels_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "ROWS_TOKENS", 4)
+    for name, by_tile in (("w3-codebook+s2%", True), ("w4-g64+s2%", True), ("w4-g64 with zero scales+s2%", False)):
+        ready = prepare(LAYERS[name])
+        assert (ready.residual.by_tile is not None) == by_tile and ready.residual.by_row is not None
+        assert "entries by row" in choose(ready, 4).reason
+        assert ("entries added to the weights" in choose(ready, 5).reason) == by_tile
+    monkeypatch.setattr(hopper, "ROWS_TOKENS", 0)
+    ready = prepare(LAYERS["w3-codebook+s2%"])
+    assert ready.residual.by_row is None
+    assert "entries added to the weights" in choose(ready, 1).reason
+    # entries of bfloat16 cannot be added to weights of float16
+    assert "prepared for bfloat16" in choose(ready, 1, dtype=jnp.float16).reason
+    model = {"embed": jnp.zeros((8, 4), jnp.float16), "layer": LAYERS["w3-codebook+s2%"]}
+    assert choose(prepare(model)["layer"], 1, dtype=jnp.float16).implementation == "pallas"
 
 
 def test_elsewhere_the_device_is_the_reason() -> None:

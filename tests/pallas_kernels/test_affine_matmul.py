@@ -102,8 +102,8 @@ def test_half_registers_are_the_fragment_of_m64k16(bits: int, operand: Any, has_
     row, pair = THREAD // 32 * 16 + THREAD % 32 // 4, THREAD % 4 * 2
     for tile in range(2):
         read = register_decode.read_tile(np.uint32(0), THREAD, tile, bits)
-        plain = register_decode.half_fragments(read, bits, operand, own, has_zeros, None)
-        scaled = register_decode.half_fragments(read, bits, operand, own, has_zeros, scales)
+        plain = register_decode.half_fragments(read, bits, operand, own, has_zeros)
+        scaled = register_decode.scaled(plain, scales, operand)
         for step in range(4):
             for i in range(4):  # a0: (g, 2t), a1: (g + 8, 2t), a2: (g, 2t + 8), a3: (g + 8, 2t + 8)
                 column = 64 * tile + 16 * step + pair + 8 * (i // 2)
@@ -235,7 +235,7 @@ def test_lowers_for_cuda_in_every_configuration(shape: tuple[Any, ...]) -> None:
     assert configs
     for config in configs:
 
-        def run(arrays: dict[str, jax.Array], config: affine.Config = config) -> jax.Array:
+        def run(arrays: dict[str, Any], config: affine.Config = config) -> jax.Array:
             return affine.affine_matmul(**arrays, bits=bits, outputs=n, group_size=group_size, config=config)
 
         lowered = jax.jit(run).trace(arrays).lower(lowering_platforms=("cuda",))

@@ -98,7 +98,7 @@ def test_product_is_that_of_the_looked_up_matrix(bits: int, x_dtype: str, entry:
         w = np.take_along_axis(table, codes.astype(np.int64), axis=1) * scales[:, None]
         exact = np.asarray(x, np.float64) @ w.T
         terms = np.abs(np.asarray(x, np.float64)) @ np.abs(w).T
-        rest: dict[str, jax.Array] = {}
+        rest: dict[str, Any] = {}
         if x_dtype == "int8":
             x_scales, x_offsets = rng.uniform(0.01, 1, (2, tokens, 1)).astype(np.float32)
             row_sums = w.sum(1).astype(np.float32)
