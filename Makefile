@@ -5,6 +5,8 @@
 #   make test-compile  compiles the kernels for an H200 where there is none (fetches JAX's CUDA plugin, 140 MB)
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Test files side by side; each process needs up to 4 GB.
+WORKERS ?= 2
 VENV := .venv
 NEWEST := .venv-newest
 COMPILE := .venv-compile
@@ -38,7 +40,7 @@ demo: $(VENV)/.stamp-base
 # A make of its own, because $(wildcard) above looks for the fetched file once.
 .PHONY: _test
 _test:
-	$(VENV)/bin/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-newest: $(PINS)
 	set -e; \
@@ -50,7 +52,7 @@ test-newest: $(PINS)
 	    $(NEWEST)/bin/python -m pip install -q -c constraints.txt -e '.[test-core]'; \
 	    touch $(NEWEST)/.stamp; \
 	fi; \
-	$(NEWEST)/bin/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(NEWEST)/bin/python -m pytest -m "not gpu and not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # Its own environment: a JAX that sees the plugin looks for a GPU. The wheels of the compiler alone, not of CUDA.
 test-compile: $(PINS) | $(VENV)/bin/python
