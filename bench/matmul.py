@@ -104,7 +104,7 @@ def main() -> None:
     result: dict[str, Any] = {"environment": record.environment(), "ceilings": ceilings(), "rows": []}
     print("  ".join(f"{name} {value:.3g}" for name, value in result["ceilings"].items()), flush=True)
     for name, (n, k) in shapes.items():
-        dense = {m: row["us"] for m, row in dense_rows(n, k, tokens).items()}
+        dense = dense_times(n, k, tokens)
         for op, run in [(op, functools.partial(packed_rows, op, options.implementation)) for op in ops] + BASELINES:
             about = {"op": op.label, "spec": op.spec, "shape": name, "n": n, "k": k}
             try:
@@ -125,9 +125,12 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"error_text": f"{type(error).__name__}: {error}"[:300]}
 
 
-def timed(f: Callable[[Any, Any], Any], n: int, k: int, tokens: Sequence[int], weights: Sequence[Any], about: Any):
-    """{m: {"us": ...} | about(m)}, or the error of that m. Compiled for all numbers of tokens at once: it is most of
-    the time of a run, and the host has cores to spare."""
+def timed(
+    f: Callable[[Any, Any], Any], k: int, tokens: Sequence[int], weights: Sequence[Any], about: Callable[..., Any]
+) -> dict[int, dict[str, Any]]:
+    """For each number of tokens m the time of f(x, w) and about(m, y, x), or the error.
+
+    Compiled for all numbers of tokens at once: it is most of the time of a run, and the host has cores to spare."""
     xs = {m: tokens_of(m, k) for m in tokens}
     compiled = {m: _COMPILERS.submit(lambda x: jax.jit(f).lower(x, weights[0]).compile(), x) for m, x in xs.items()}
     rows = {}
@@ -196,7 +199,7 @@ def packed_rows(op: Op, implementation: Any, n: int, k: int, tokens: Sequence[in
         error = error_of(y, x, weights[0])
         return {"bytes": size + 2 * m * (k + n), "path": path, "error": error, "int8": int8}
 
-    return timed(functools.partial(jq.linear, implementation=implementation), n, k, tokens, weights, about)
+    return timed(functools.partial(jq.linear, implementation=implementation), k, tokens, weights, about)
 
 
 def error_of(y: jax.Array, x: jax.Array, w: Any) -> float:
@@ -219,9 +222,14 @@ def exact_product(x: jax.Array, w: Any) -> jax.Array:
     return total + jnp.dot(x[:, kept.index], kept.weight.astype(jnp.float32).T, precision="highest")
 
 
-def dense_rows(n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]]:
+def dense_times(n: int, k: int, tokens: Sequence[int]) -> dict[int, float]:
+    """Microseconds of XLA's bfloat16 product. RuntimeError where it fails: there is nothing to compare with then."""
     weights = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(copies_of(2 * n * k))]
-    return timed(lambda x, w: x @ w.T, n, k, tokens, weights, lambda *_: {})
+    rows = timed(lambda x, w: x @ w.T, k, tokens, weights, lambda *_: {})
+    for m, row in rows.items():
+        if "us" not in row:
+            raise RuntimeError(f"the dense product of {m} x {k} by {n} x {k} failed: {row['error_text']}")
+    return {m: row["us"] for m, row in rows.items()}
 
 
 def int4_rows(n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -235,7 +243,7 @@ def int4_rows(n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]
         return {"bytes": n * k // 2 + 2 * m * (k + n), "path": "xla", "error": None, "int8": False}
 
     weights = [made(i) for i in range(copies_of(n * k // 2))]
-    return timed(lambda x, w: (x @ w[0].astype(jnp.bfloat16).T) * w[1], n, k, tokens, weights, about)
+    return timed(lambda x, w: (x @ w[0].astype(jnp.bfloat16).T) * w[1], k, tokens, weights, about)
 
 
 def w8a8_rows(n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -254,7 +262,7 @@ def w8a8_rows(n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]
     def about(m: int, *_: Any) -> dict[str, Any]:
         return {"bytes": n * k + 2 * m * (k + n), "path": "xla", "error": None, "int8": True}
 
-    return timed(run, n, k, tokens, [made(i) for i in range(copies_of(n * k))], about)
+    return timed(run, k, tokens, [made(i) for i in range(copies_of(n * k))], about)
 
 
 BASELINES = [(Op("xla int4 per row", "int4"), int4_rows), (Op("xla w8a8", "int8"), w8a8_rows)]

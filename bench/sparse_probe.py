@@ -25,7 +25,7 @@ import numpy as np
 
 import jquant as jq
 from bench.device_time import device_time
-from bench.matmul import dense_rows, random_weight, tokens_of
+from bench.matmul import dense_times, random_weight, tokens_of
 from jquant.format.spec import QuantSpec
 from jquant.format.weights import sparse_residual
 from pallas_kernels.sparse_matmul import prepare_rows
@@ -50,7 +50,7 @@ def main() -> None:
     n, k = (int(text) for text in options.size.split(","))
     tokens = [int(text) for text in options.tokens.split(",")]
     results: list[dict[str, Any]] = []
-    dense = {m: row["us"] for m, row in dense_rows(n, k, tokens).items()}
+    dense = dense_times(n, k, tokens)
     for name, spec in KINDS.items():
         if not any(fnmatchcase(name, each) for each in options.kinds):
             continue

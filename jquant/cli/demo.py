@@ -17,7 +17,7 @@ from typing import Any
 
 from jquant.api import Opened, load, open_model, run_dtype, save
 from jquant.cli import show
-from jquant.cli.quantize import calibration_tokens, describe, mean_bits, start_token
+from jquant.cli.quantize import calibration_tokens, describe, start_token
 from jquant.cli.run import encode, encode_prompt, evaluate, model_bits
 from jquant.format import tree as trees
 from jquant.format.spec import QuantSpec
@@ -83,7 +83,7 @@ def demo_command(options: argparse.Namespace) -> None:
         )
     lines = [f"\n{options.question}", *(f"  {row['model']}: {row['answer']}" for row in (before, after))]
     lines.append(
-        f"\nquantized in {show.duration(report.seconds)} to {mean_bits(report):.3f} bits a weight; "
+        f"\nquantized in {show.duration(report.seconds)} to {report.bits_per_weight():.3f} bits a weight; "
         f"everything took {show.duration(seconds)}"
     )
     show.result(data, options.json, lines)

@@ -306,7 +306,7 @@ def show_plan(options: argparse.Namespace, source: Opened, plan: Mapping[str, Qu
 def _show_outcome(options: argparse.Namespace, report: Report) -> None:
     size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
     notes = [f"{layer.path}: {layer.note}" for layer in report.layers if layer.note]
-    bits = mean_bits(report)
+    bits = report.bits_per_weight()
     data = {
         "out": str(options.out),
         "method": report.method,
@@ -323,7 +323,7 @@ def _show_outcome(options: argparse.Namespace, report: Report) -> None:
         f"largest relative error {worst.objective_error:.2e} in {worst.path}",
         *notes[:10],
     ]
-    if (snapping := snapping_errors(report)) is not None:
+    if (snapping := report.int8_tables()) is not None:
         data["int8_tables"] = snapping
         lines.insert(
             2,
@@ -331,24 +331,3 @@ def _show_outcome(options: argparse.Namespace, report: Report) -> None:
             "{layer}: {layer_error:.3e}, {layer_error_before:.3e}".format(**snapping),
         )
     show.result(data, options.json, lines)
-
-
-def snapping_errors(report: Report) -> dict[str, Any] | None:
-    """What snapping tables to int8 did to the layers' relative errors; None if no layer has such tables."""
-    snapped = [(layer.float_table_error, layer) for layer in report.layers if layer.float_table_error is not None]
-    if not snapped:
-        return None
-    before, worst = max(snapped, key=lambda pair: pair[1].objective_error - pair[0])
-    return {
-        "mean_error_before": sum(error for error, _ in snapped) / len(snapped),
-        "mean_error": sum(layer.objective_error for _, layer in snapped) / len(snapped),
-        "layer": worst.path,
-        "layer_error_before": before,
-        "layer_error": worst.objective_error,
-    }
-
-
-def mean_bits(report: Report) -> float:
-    """Bits a weight over all quantized layers."""
-    weights = sum(8 * layer.size_bytes / layer.bits_per_weight for layer in report.layers)
-    return 8 * sum(layer.size_bytes for layer in report.layers) / weights

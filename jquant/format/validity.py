@@ -4,7 +4,7 @@ from typing import Any
 
 from jquant.format.activations import validate_activation
 from jquant.format.semistructured import SparseAffineWeight, validate_semistructured
-from jquant.format.weights import CodebookWeight, QuantizedLinear, Weight, shape_of
+from jquant.format.weights import CodebookWeight, QuantizedLinear, Weight, is_snapped, shape_of
 from pallas_kernels.packing import num_words
 
 
@@ -50,10 +50,9 @@ def validate(weight: Weight, path: str) -> None:
     if isinstance(weight, CodebookWeight):
         if weight.codebook.shape[:1] not in ((1,), (rows,)):
             raise ValueError(f"{path}: codebook has {weight.codebook.shape[:1]} rows; expected 1 or {rows}")
-        snapped = str(weight.codebook.dtype) == "int8"
-        table_type = "int8" if snapped else None
+        table_type = "int8" if is_snapped(weight) else None
         _expect(path, "codebook", weight.codebook, (weight.codebook.shape[0], 2**weight.bits), table_type)
-        if snapped and (weight.scales is None or weight.nested is not None):
+        if is_snapped(weight) and (weight.scales is None or weight.nested is not None):
             raise ValueError(f"{path}: codebook is int8; expected scales beside it, and nothing nested")
         if weight.scales is not None:
             _expect(path, "scales", weight.scales, (rows,), None)

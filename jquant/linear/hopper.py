@@ -55,7 +55,10 @@ def no_fragments(layer: QuantizedLinear) -> str | None:
     if act is not None and act.outlier_percent:
         return "no kernel keeps activations exactly in each token"
     if act is not None and isinstance(base, CodebookWeight) and not is_snapped(base):
-        return "no kernel multiplies integer activations by a table of 16-bit entries; snap it with --int8-tables"
+        return (
+            "no kernel multiplies integer activations by a table of 16-bit entries; "
+            "a table of int8 entries has one (w4a8-codebook-int8)"
+        )
     if not base.shape[1]:
         return "every input column is kept: there is no packed part"
     return _supported(base, act, 1, "bfloat16")
@@ -72,7 +75,7 @@ def no_tiles(layer: QuantizedLinear) -> str | None:
 def operand_of(base: Any, dtype: str) -> str:
     """The type in which the tensor core multiplies 16-bit tokens of `dtype`: int8 tables become float16, and so do the
     tokens beside them."""
-    return "float16" if isinstance(base, CodebookWeight) and is_snapped(base) else dtype
+    return "float16" if is_snapped(base) else dtype
 
 
 def no_kernel(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str | None:
@@ -126,10 +129,7 @@ def product(x: jax.Array, layer: QuantizedLinear, out_dtype: DTypeLike) -> jax.A
         if kept is not None:
             inputs, beside = x[:, base_columns(kept.index, base.shape[1])], x[:, kept.index]
         assert not isinstance(base, SparseAffineWeight)
-        if isinstance(base, CodebookWeight):
-            y = _codebook(inputs, base, kind, entries=tiles)
-        else:
-            y = _affine(inputs, base, kind, entries=tiles)
+        y = _base(inputs, base, kind, entries=tiles)
     if kept is not None and beside is not None:
         y = y + xla.dense(beside, kept.weight)
     if by_row is not None:
@@ -161,8 +161,13 @@ def _integers(
     more: dict[str, Any] = {"x_scales": tokens.scales}
     if tokens.offsets is not None:
         more |= {"x_offsets": tokens.offsets, "row_sums": base.row_sums}
-    multiply = _codebook if isinstance(base, CodebookWeight) else _affine
-    return multiply(tokens.codes, base, out_dtype, **more), tokens.kept  # pyright: ignore[reportArgumentType]
+    return _base(tokens.codes, base, out_dtype, **more), tokens.kept
+
+
+def _base(x: jax.Array, base: Packed, out_dtype: DTypeLike, **more: Any) -> jax.Array:
+    if isinstance(base, CodebookWeight):
+        return _codebook(x, base, out_dtype, **more)
+    return _affine(x, base, out_dtype, **more)
 
 
 def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:

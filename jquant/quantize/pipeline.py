@@ -48,6 +48,25 @@ class Report(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         return {"method": self.method, "layers": [layer.to_json() for layer in self.layers]}
 
+    def bits_per_weight(self) -> float:
+        """The mean over all quantized layers."""
+        weights = sum(8 * layer.size_bytes / layer.bits_per_weight for layer in self.layers)
+        return sum(8 * layer.size_bytes for layer in self.layers) / weights
+
+    def int8_tables(self) -> dict[str, Any] | None:
+        """What snapping tables to int8 did to the layers' relative errors; None if no layer has such tables."""
+        snapped = [(layer.float_table_error, layer) for layer in self.layers if layer.float_table_error is not None]
+        if not snapped:
+            return None
+        before, worst = max(snapped, key=lambda pair: pair[1].objective_error - pair[0])
+        return {
+            "mean_error_before": sum(error for error, _ in snapped) / len(snapped),
+            "mean_error": sum(layer.objective_error for _, layer in snapped) / len(snapped),
+            "layer": worst.path,
+            "layer_error_before": before,
+            "layer_error": worst.objective_error,
+        }
+
 
 def quantize(
     model: Any,

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.codebook_matmul.tokens import magnitudes, powers
+from pallas_kernels.token_in_registers import load_token, warps_of
 
 LARGEST_K = 32768
 
@@ -36,10 +37,7 @@ def half_rows(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.
         _kernel,
         out_shape=[jax.ShapeDtypeStruct(x.shape, jnp.float16), jax.ShapeDtypeStruct((tokens,), jnp.float32)],
         grid=(tokens,),
-        compiler_params=pltriton.CompilerParams(
-            num_warps=max(min(pl.next_power_of_2(width) // 512, 32), 1),  # 16 entries a thread
-            num_stages=1,
-        ),
+        compiler_params=pltriton.CompilerParams(num_warps=warps_of(width), num_stages=1),
         interpret=interpret,
         name="half_rows",
     )(x)
@@ -47,12 +45,7 @@ def half_rows(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.
 
 
 def _kernel(x_ref, half_ref, scales_ref):
-    width = x_ref.shape[1]
-    row = pl.program_id(0)
-    column = jnp.arange(pl.next_power_of_2(width), dtype=jnp.int32)
-    inside = column < width
-    rows = jnp.broadcast_to(row, column.shape)
-    x = pltriton.load(x_ref.at[rows, column], mask=inside, other=0.0).astype(jnp.float32)
+    x, place, inside = load_token(x_ref)
     up, down = powers(jnp.max(magnitudes(x)))
-    pltriton.store(half_ref.at[rows, column], (x * up).astype(jnp.float16), mask=inside)
-    pltriton.store(scales_ref.at[row], down)
+    pltriton.store(half_ref.at[place], (x * up).astype(jnp.float16), mask=inside)
+    pltriton.store(scales_ref.at[pl.program_id(0)], down)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from pallas_kernels.token_in_registers import load_token, warps_of
 from pallas_kernels.topk_outliers.xla import SHIFTS, ordered_keys, select
 
 LARGEST_K = 32768  # counts have 16 bits
@@ -36,7 +37,7 @@ def mask_rows(x: jax.Array, count: int, *, num_warps: int | None = None, interpr
     if (reason := supported(tokens, width, x.dtype)) is not None:
         raise ValueError(f"the selecting kernel cannot serve this: {reason}")
     if num_warps is None:
-        num_warps = max(min(pl.next_power_of_2(width) // 512, 32), 1)
+        num_warps = warps_of(width)
     return pl.pallas_call(
         functools.partial(_kernel, count),
         out_shape=jax.ShapeDtypeStruct(x.shape, jnp.int8),
@@ -49,11 +50,8 @@ def mask_rows(x: jax.Array, count: int, *, num_warps: int | None = None, interpr
 
 def _kernel(count, x_ref, mask_ref):
     width = x_ref.shape[1]
-    row = pl.program_id(0)
-    column = jnp.arange(pl.next_power_of_2(width), dtype=jnp.int32)
-    inside = column < width
-    rows = jnp.broadcast_to(row, column.shape)
-    x = pltriton.load(x_ref.at[rows, column], mask=inside, other=0.0).astype(jnp.float32)
+    x, place, inside = load_token(x_ref)
+    column = place[1]
     magnitude = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
     finite = jnp.max(magnitude) < 0x7F800000
     if count == 0 or 2 * count >= width:
@@ -66,6 +64,6 @@ def _kernel(count, x_ref, mask_ref):
             total = jnp.sum(both)
             return total & 0xFFFF, jax.lax.shift_right_logical(total, jnp.int32(16))
 
-        start = row * 0
+        start = pl.program_id(0) * 0
         mask = finite & select(keys, column, count, bits, width.bit_length(), start, totals)
-    pltriton.store(mask_ref.at[rows, column], mask.astype(jnp.int8), mask=inside)
+    pltriton.store(mask_ref.at[place], mask.astype(jnp.int8), mask=inside)

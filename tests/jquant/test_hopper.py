@@ -172,7 +172,7 @@ def test_what_no_kernel_serves_says_why() -> None:
         (_affine(5, 64), "bits=5"),
         (dataclasses.replace(LAYERS["w4a4+o4"], activation=ActivationQuant(jnp.zeros(16), None, 4)), "by a table"),
         (_residual(_codebook(3), jnp.float32), "sparse entries are float32"),
-        (QuantizedLinear(_codebook(4), activation=ActivationQuant(None, None, 8)), "snap it with --int8-tables"),
+        (QuantizedLinear(_codebook(4), activation=ActivationQuant(None, None, 8)), "w4a8-codebook-int8"),
         (QuantizedLinear(_int8_table(5).weight), "bits=5"),
     ):
         ready = prepare(w)

@@ -14,21 +14,14 @@ from pallas_kernels.codebook_matmul.choice import candidates, choose, estimate, 
 from pallas_kernels.codebook_matmul.tokens import half_tokens
 from pallas_kernels.fragments import fragments_shape, pack_fragments, slot_order
 
+TYPES = [("bfloat16", "bfloat16"), ("float16", "float16"), ("int8", "int8"), ("bfloat16", "int8"), ("float16", "int8")]
+
 
 def _problem(tokens: int, outputs: int, inputs: int, bits: int, x_dtype: str) -> Problem:
     return Problem(tokens, outputs, inputs, bits, None, False, x_dtype, "float32")
 
 
-@pytest.mark.parametrize(
-    ("x_dtype", "entry"),
-    [
-        ("bfloat16", "bfloat16"),
-        ("float16", "float16"),
-        ("int8", "int8"),
-        ("bfloat16", "int8"),
-        ("float16", "int8"),
-    ],
-)
+@pytest.mark.parametrize(("x_dtype", "entry"), TYPES)
 def test_every_width_lowers_for_cuda(x_dtype: str, entry: str) -> None:
     for bits, tokens, one_table, multiplier in [(2, 1, False, None), (3, 20, True, False), (4, 130, False, True)]:
         outputs, inputs = 200, 328
@@ -67,16 +60,7 @@ CASES = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(
-    ("x_dtype", "entry"),
-    [
-        ("bfloat16", "bfloat16"),
-        ("float16", "float16"),
-        ("int8", "int8"),
-        ("bfloat16", "int8"),
-        ("float16", "int8"),
-    ],
-)
+@pytest.mark.parametrize(("x_dtype", "entry"), TYPES)
 def test_product_is_that_of_the_looked_up_matrix(bits: int, x_dtype: str, entry: str) -> None:
     for tokens, outputs, inputs, one_table in CASES:
         rng = np.random.default_rng(tokens)
