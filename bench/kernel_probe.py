@@ -118,8 +118,9 @@ def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
         return [(64, *rest) for rest in (large if whole else small)]
     splits = 1 if whole or m > 256 else 2
     if kind.x != "int8":
-        return [(256, 128, 2, 1, splits), (128, 128, 2, 1, 1), (128, 128, 3, 1, 1)]
-    return [(128, 256, 2, 1, splits), (128, 128, 2, 1, splits), (96, 256, 3, 1, 1), (64, 256, 2, 1, 1)]
+        return [(256, 128, 2, 1, splits), (128, 128, 2, 1, 1), (128, 128, 3, 1, 1), (160, 128, 2, 1, 1)]
+    few_registers = [(96, 256, 2, 1, 1), (96, 256, 3, 1, 1), (64, 256, 2, 1, 1), (64, 256, 3, 1, 1)]
+    return [(128, 256, 2, 1, splits), (128, 128, 2, 1, splits), *few_registers]
 
 
 def compared(row: Row) -> Iterator[affine.Config]:
@@ -130,9 +131,9 @@ def compared(row: Row) -> Iterator[affine.Config]:
         yield from best[1 : 1 + COMPARED]
         return
     for block_m, block_k, rows, parts, splits in cuts(kind, m, n):
-        scale = "operand" if kind.x != "int8" and m > 64 else "sum"
         blocks = min(132, -(-n // (64 * rows)) * -(-m // block_m) * splits)
-        yield affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks)
+        for scale in ("operand", "sum") if kind.x != "int8" and m > 64 else ("sum",):
+            yield affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks)
 
 
 def filled(row: Row) -> Row | None:

@@ -155,7 +155,7 @@ def random_weights(spec: str, n: int, k: int) -> list[Any]:
 
 
 def random_weight(spec: QuantSpec, n: int, k: int, seed: int) -> Any:
-    keys = jax.random.split(jax.random.key(seed), 6)
+    keys = jax.random.split(jax.random.key(seed), 5)
     columns = k - spec.outliers
     codes = jax.random.randint(keys[0], (n, columns), 0, 2**spec.bits).astype(jnp.uint8)
     if spec.grid == "codebook":
@@ -173,7 +173,8 @@ def random_weight(spec: QuantSpec, n: int, k: int, seed: int) -> Any:
         kept = jq.OutlierColumns(index, 0.05 * jax.random.normal(keys[4], (n, spec.outliers), jnp.float16))
     rest = None
     if spec.sparse:
-        mask = jax.random.uniform(keys[5], (n, k)) < spec.sparse / 100
+        # at the same places in every copy: their number is part of the shape, and one program is to serve all copies
+        mask = jax.random.uniform(jax.random.key(n), (n, k)) < spec.sparse / 100
         rest = sparse_residual(mask, jnp.ones((n, k), jnp.float16), jnp.float16)
     act = spec.activation
     quantizer = None if act is None else ActivationQuant(None, None, act.bits, act.symmetric)

@@ -76,7 +76,7 @@ def main() -> None:
 def layer_of(spec: str, n: int, k: int, seed: int, uneven: bool) -> Any:
     """A random prepared layer with values of normal distribution, some places of which are crowded if `uneven`."""
     layer = random_weight(QuantSpec.parse(spec), n, k, seed)
-    keys = jax.random.split(jax.random.key(100 + seed), 2)
+    keys = jax.random.key(n), jax.random.key(100 + seed)  # the same places in every layer: one program serves all
 
     @jax.jit
     def made(share: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -52,8 +52,8 @@ def _forget_programs() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _compile_well(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests that compute for long get LLVM's optimizer back."""
-    if request.node.get_closest_marker("slow") is None:
+    """Tests that compute for long, and those that a GPU runs, get LLVM's optimizer back."""
+    if not any(request.node.get_closest_marker(name) for name in ("slow", "gpu")):
         yield
         return
     jax.config.update("jax_disable_most_optimizations", False)
