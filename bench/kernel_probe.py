@@ -80,7 +80,7 @@ class Row:
         if self.config is None:
             return f"{self.kind.name} M={self.m} N={self.n} K={self.k} chosen"
         c = self.config
-        blocks = f"{c.block_m}x{c.block_k} wg {c.row_warpgroups}x{c.k_warpgroups}"
+        blocks = f"{c.block_m}x{c.block_k} wg {c.row_warpgroups}x{c.k_warpgroups} cl {c.cluster}"
         return f"{self.kind.name} M={self.m} N={self.n} K={self.k} {blocks} /{c.splits} st {c.stages} {c.scale}"
 
 
@@ -97,7 +97,7 @@ def chosen(row: Row) -> affine.Config:
     return codebook.choose(problem_of(row), jnp.dtype(row.kind.entry).itemsize)
 
 
-Cut = tuple[int, int, int, int, int]  # block_m, block_k, row and k warpgroups, splits
+Cut = tuple[int, int, int, int, int, int]  # block_m, block_k, row and k warpgroups, splits, cluster
 
 
 def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
@@ -105,22 +105,25 @@ def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
     whole = n > 132 * 64  # blocks of 64 outputs are enough for all multiprocessors
     if m <= 16:
         width = 8 if m <= 8 else 16
-        large, small = (
-            ((512, 2, 2, 1), (256, 4, 1, 1), (1024, 1, 4, 1)),
-            ((512, 2, 2, 4), (512, 1, 4, 1), (1024, 1, 4, 1)),
+        shared = (
+            (512, 1, 4, 1, 2),
+            (1024, 1, 4, 1, 2),
+            (512, 2, 2, 1, 2),
+            (512, 2, 2, 1, 4),
+            (256, 1, 4, 1, 2),
+            (256, 4, 1, 1, 4),
         )
-        return [(width, *rest) for rest in (large if whole else small)]
+        alone = ((512, 2, 2, 1, 1), (256, 4, 1, 1, 1)) if whole else ((512, 2, 2, 4, 1), (512, 1, 4, 1, 1))
+        return [(width, *rest) for rest in (*shared, *alone)]
     if m <= 64:
-        large, small = (
-            ((128, 4, 1, 1), (256, 2, 2, 1), (256, 2, 1, 1)),
-            ((128, 4, 1, 8), (512, 1, 4, 1), (256, 1, 2, 2)),
-        )
-        return [(64, *rest) for rest in (large if whole else small)]
-    splits = 1 if whole or m > 256 else 2
+        shared = ((128, 2, 2, 1, 4), (256, 2, 2, 1, 4), (256, 2, 2, 1, 2), (256, 1, 4, 1, 2), (128, 4, 1, 1, 2))
+        alone = ((128, 4, 1, 1, 1), (256, 2, 2, 1, 1)) if whole else ((128, 4, 1, 8, 1), (512, 1, 4, 1, 1))
+        return [(64, *rest) for rest in (*shared, *alone)]
     if kind.x != "int8":
-        return [(256, 128, 2, 1, splits), (128, 128, 2, 1, 1), (128, 128, 3, 1, 1), (160, 128, 2, 1, 1)]
-    few_registers = [(96, 256, 2, 1, 1), (96, 256, 3, 1, 1), (64, 256, 2, 1, 1), (64, 256, 3, 1, 1)]
-    return [(128, 256, 2, 1, splits), (128, 128, 2, 1, splits), *few_registers]
+        return [(256, 128, 2, 1, 1, 1), (128, 128, 2, 1, 1, 1), (128, 128, 3, 1, 1, 1), (128, 128, 2, 1, 1, 2)]
+    shared = [(128, 128, 2, 1, 1, 2), (128, 256, 2, 1, 1, 2), (64, 256, 2, 1, 1, 2), (128, 128, 2, 1, 1, 4)]
+    alone = [(128, 256, 2), (128, 128, 2), (96, 256, 3), (128, 128, 3), (160, 128, 2), (256, 128, 2)]
+    return [*shared, *((*cut, 1, 1, 1) for cut in alone)]
 
 
 def compared(row: Row) -> Iterator[affine.Config]:
@@ -130,10 +133,12 @@ def compared(row: Row) -> Iterator[affine.Config]:
         best = sorted(candidates(problem), key=lambda config: estimate(problem, config, size))
         yield from best[1 : 1 + COMPARED]
         return
-    for block_m, block_k, rows, parts, splits in cuts(kind, m, n):
+    for block_m, block_k, rows, parts, splits, cluster in cuts(kind, m, n):
         blocks = min(132, -(-n // (64 * rows)) * -(-m // block_m) * splits)
+        if cluster > 1:
+            blocks = {2: 132, 4: 128}[cluster]
         for scale in ("operand", "sum") if kind.x != "int8" and m > 64 else ("sum",):
-            yield affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks)
+            yield affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, cluster)
 
 
 def filled(row: Row) -> Row | None:

@@ -46,6 +46,11 @@ def thread_in_warpgroup() -> Value:
     return arith.andi(thread, constant(THREADS - 1))
 
 
+def warpgroup_barrier() -> None:
+    """Waits for the other threads of the warpgroup."""
+    _mosaic.warpgroup_barrier()
+
+
 def pointer(ref: Value) -> Value:
     """The address of the first element of a memref, an LLVM pointer: space 3 for shared memory, 1 or 0 for global."""
     return _mosaic.memref_ptr(ref)

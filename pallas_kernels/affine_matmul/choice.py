@@ -26,6 +26,8 @@ def candidates(problem: Problem) -> list[Config]:
             found += [_sized(problem, Config(wide, block_k, rows, parts))]
     elif problem.x_bytes == 2 and tokens > 128:
         found += [_sized(problem, Config(256, block_k, 2, scale="operand")) for block_k in (128, 64)]
+    elif problem.group_size is None and tokens > 128:
+        found += [_sized(problem, Config(256, 128, 2))]
     if tokens > 64:
         found += [_sized(problem, Config(128, block_k, 2)) for block_k in (256, 128, 64)]
     # whatever the group size: the smallest blocks

@@ -2,13 +2,15 @@
 
 A CTA computes [64 * row_warpgroups] outputs times [block_m] tokens. It streams block_k inputs a stage; row_warpgroups
 * k_warpgroups warpgroups compute, each on 64 outputs and block_k / k_warpgroups of the inputs; one more copies.
-`splits` CTAs share the inputs of a block of outputs, and their sums are added afterwards.
+Of the last blocks `cluster` CTAs, which run at the same time, share the inputs, so that no CTA idles. Or `splits` CTAs
+share those of every block, and another kernel adds their sums.
 """
 
 import dataclasses
 from typing import Literal
 
 MULTIPROCESSORS = 132  # of an H100 or H200
+CLUSTERED = {2: 132, 4: 128}  # CTAs of clusters that run at once: they do not reach across groups of 16 or 18
 SHARED_MEMORY = 227 * 1024
 _REGISTERS = 65536  # of a multiprocessor
 _OTHER_REGISTERS = 72  # words, fragments of two tiles, addresses
@@ -31,6 +33,7 @@ class Config:
     stages: int = 4
     scale: ScaleWhere = "sum"
     blocks: int = MULTIPROCESSORS
+    cluster: int = 1
 
     @property
     def warpgroups(self) -> int:
@@ -96,7 +99,8 @@ def shared_bytes(problem: Problem, config: Config) -> int:
         scale = 4 if problem.scale_dtype == "float32" else 2
         stage += groups * config.rows * (scale + problem.has_zeros)
     stage += config.row_warpgroups * (config.block_k // 128) * problem.entry_words * 4
-    return config.stages * stage + (config.k_warpgroups - 1) * config.rows * config.block_m * 4
+    others = config.k_warpgroups - 1 + config.cluster - 1  # whose sums are handed over
+    return config.stages * stage + others * config.rows * config.block_m * 4
 
 
 def supported_config(problem: Problem, config: Config) -> str | None:
@@ -119,6 +123,10 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return f"{per_warpgroup} inputs a warpgroup and group_size={group}: neither is a multiple of the other"
     if config.scale == "operand" and problem.x_dtype == "int8":
         return "an 8-bit operand cannot hold a scaled weight"
+    if config.cluster != 1 and (config.cluster not in CLUSTERED or config.blocks % config.cluster):
+        return f"{config.blocks} blocks do not come in clusters of {config.cluster}; expected 2 or 4 that divide them"
+    if config.cluster > 1 and config.splits > 1:
+        return "both a cluster and another kernel would add sums; expected one of them"
     if config.warpgroups + 1 > MOST_WARPGROUPS:
         return f"{config.warpgroups} warpgroups that compute; expected at most {MOST_WARPGROUPS - 1}"
     if accumulators(problem, config) + 40 > config.registers()[1]:

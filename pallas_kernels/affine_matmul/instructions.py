@@ -114,6 +114,30 @@ def load_shared(base: Value, offset: Value, count: int) -> list[Value]:
     return compat.inline_assembly(kinds, [address], text, ",".join(["=r"] * count + ["r"]), False)
 
 
+def store_in_cluster(address: Value, offset: int, register: Value) -> None:
+    """A register to an address that `address_in_cluster` gave, `offset` bytes further."""
+    letter = "f" if register.type == compat.f32() else "r"
+    text = f"st.shared::cluster.b32 [$0 + {offset}], $1;"
+    compat.inline_assembly([], [address, register], text, f"r,{letter}", False)
+
+
+def address_in_cluster(address: Value, rank: int) -> Value:
+    """The same place in shared memory of the CTA `rank` of the cluster."""
+    text = f"mapa.shared::cluster.u32 $0, $1, {rank};"
+    return compat.inline_assembly([compat.i32()], [address], text, "=r,r", True)[0]
+
+
+def fence_cluster() -> None:
+    """What this thread wrote before, the other CTAs of the cluster see before what it does afterwards; and it them."""
+    compat.inline_assembly([], [], "fence.acq_rel.cluster;", "", False)
+
+
+def wait_for_cluster() -> None:
+    """Waits until every thread of the cluster has come here."""
+    text = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+    compat.inline_assembly([], [], text, "", False)
+
+
 def load_narrow(space: Literal["shared", "global"], address: Value, dtype: str) -> Value:
     """One bfloat16, float16, float32 (as a float32 register) or uint8 (as an integer register) of memory."""
     pointer = "r" if space == "shared" else "l"

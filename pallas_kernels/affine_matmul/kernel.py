@@ -9,8 +9,9 @@ shared memory, and runs ahead across the blocks of outputs. A computing warpgrou
 the tensor core works on a tile of 64 inputs, the next tile is decoded.
 
 Shared memory of a stage: words [row warpgroups, block_k / 64, bits, 128] uint32; x [block_m, block_k] in tiles of 8 x
-128 bytes with the 128-byte swizzle; scales, zeros [groups, 64 * row warpgroups]. Sums of `k_warpgroups` warpgroups that
-share outputs meet in shared memory; those of `splits` CTAs leave the kernel as [splits, M, N].
+128 bytes with the 128-byte swizzle; scales, zeros [groups, 64 * row warpgroups]. Sums of warpgroups that share outputs,
+in one CTA or in the CTAs of a cluster, meet in shared memory (`pallas_kernels.affine_matmul.parts`); those of `splits`
+leave the kernel as [splits, M, N].
 
 Sparse entries, if there are any, come as [row warpgroups, block_k / 128, words] uint32 a stage and are added to the
 decoded weights (`pallas_kernels.sparse_matmul.tiles`); what overflowed stays in global memory.
@@ -27,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul.config import Config, Problem, sums_groups
+from pallas_kernels.affine_matmul.parts import Rounds, add_parts, add_shares, leave_together, parts_scratch
 from pallas_kernels.affine_matmul.register_decode import byte_factor
 from pallas_kernels.affine_matmul.warpgroup import Decoder, store_block, warpgroup_step
 
@@ -51,11 +53,7 @@ def affine_kernel(
     scratch["empty"] = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
     sums = config.block_m // 2
     kind = jnp.int32 if problem.x_dtype == "int8" and not sums_groups(problem, config) else jnp.float32
-    if config.k_warpgroups > 1:
-        shape = (config.row_warpgroups, config.k_warpgroups - 1, compat.THREADS * sums)
-        scratch["parts"] = plgpu.SMEM(shape, kind)
-        scratch["parts_full"] = plgpu.Barrier(num_arrivals=config.k_warpgroups - 1, num_barriers=config.row_warpgroups)
-        scratch["parts_empty"] = plgpu.Barrier(num_arrivals=1, num_barriers=config.row_warpgroups)
+    scratch |= parts_scratch(config, sums, kind)
 
     def body(*refs: Any, **shared: Any) -> None:
         _body(problem, config, kind, out_dtype, decoder, dict(zip((*names, "out"), refs, strict=True)), shared)
@@ -64,8 +62,9 @@ def affine_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((config.splits, problem.tokens, problem.outputs), out_dtype),
         scratch_types=scratch,
-        grid=(config.blocks,),
+        grid=(config.blocks // config.cluster,),
         grid_names=("block",),
+        **({"cluster": (config.cluster,), "cluster_names": ("rank",)} if config.cluster > 1 else {}),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=compat.WARPGROUP,
@@ -94,22 +93,32 @@ def _body(
     problem: Problem, config: Config, kind: Any, out_dtype: Any, decoder: Decoder | None, refs: Refs, shared: Refs
 ) -> None:
     warpgroup = lax.axis_index("warpgroup")
-    block = lax.axis_index("block")
+    cluster = lax.axis_index("block")
+    rank: Any = lax.axis_index("rank") if config.cluster > 1 else 0
     column_blocks = -(-problem.tokens // config.block_m)
     row_blocks = -(-problem.outputs // config.rows)
     steps: Any = -(-problem.inputs // (config.block_k * config.splits))
+    shared_steps = -(-steps // config.cluster)
     if steps == 1:  # Mosaic fails on the registers that a loop carries once it knows that there is one turn
-        steps = jnp.where(block >= 0, jnp.int32(1), jnp.int32(0))
-    total = row_blocks * column_blocks * config.splits
-    mine = lax.div(total + config.blocks - 1 - block, jnp.int32(config.blocks))
+        steps = shared_steps = jnp.where(cluster >= 0, jnp.int32(1), jnp.int32(0))
+    rounds = Rounds(row_blocks * column_blocks * config.splits, config.cluster, config.blocks)
+    mine = rounds.count(cluster)
     copying, computing = config.registers()
 
-    def place(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Block of outputs, block of tokens and part of the inputs: tokens vary first, they share the weights."""
-        item = block + index * config.blocks
+    def place(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+        """Block of outputs, block of tokens, part of the inputs, and whether CTAs share the block: tokens vary first,
+        they share the weights."""
+        item, is_shared = rounds.item(index, cluster, rank)
         split = lax.rem(item, jnp.int32(config.splits))
         pair = lax.div(item, jnp.int32(config.splits))
-        return lax.div(pair, jnp.int32(column_blocks)), lax.rem(pair, jnp.int32(column_blocks)), split
+        return lax.div(pair, jnp.int32(column_blocks)), lax.rem(pair, jnp.int32(column_blocks)), split, is_shared
+
+    def inputs_of(split: jax.Array, is_shared: Any) -> tuple[Any, Any]:
+        """The first stage of a CTA's inputs, and how many there are."""
+        if config.cluster == 1:
+            return split * steps, steps
+        first = split * steps + jnp.where(is_shared, rank * shared_steps, 0)
+        return first, jnp.where(is_shared, shared_steps, steps)
 
     @pl.when(warpgroup == config.warpgroups)
     def _copy() -> None:
@@ -117,7 +126,8 @@ def _body(
             plgpu.set_max_registers(copying, action="decrease")
 
         def item(index: jax.Array, done: jax.Array) -> jax.Array:
-            row, column, split = place(index)
+            row, column, split, is_shared = place(index)
+            first, count = inputs_of(split, is_shared)
 
             def step(k: jax.Array, done: jax.Array) -> jax.Array:
                 slot = lax.rem(done, jnp.int32(config.stages))
@@ -126,10 +136,10 @@ def _body(
                 def _wait() -> None:
                     plgpu.barrier_wait(shared["empty"].at[slot])
 
-                _copy_stage(problem, config, refs, shared, slot, row, column, split * steps + k)
+                _copy_stage(problem, config, refs, shared, slot, row, column, first + k)
                 return done + 1
 
-            return lax.fori_loop(0, steps, step, done)
+            return lax.fori_loop(0, count, step, done)
 
         lax.fori_loop(0, mine, item, jnp.int32(0))
 
@@ -152,7 +162,7 @@ def _body(
 
         def item(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             done, *state = carry
-            row, column, split = place(index)
+            row, column, split, is_shared = place(index)
             # early if registers are plenty, since they are kept for as long
             following = load_state(index + 1) if config.block_m <= 64 else ()
 
@@ -166,18 +176,19 @@ def _body(
                 return done + 1, sums
 
             zero = jnp.zeros((compat.THREADS * (config.block_m // 2),), kind)
-            done, sums = lax.fori_loop(0, steps, step, (done, zero))
+            done, sums = lax.fori_loop(0, inputs_of(split, is_shared)[1], step, (done, zero))
             if config.block_m > 64:
                 following = load_state(index + 1)
             first_row = (row * config.row_warpgroups + row_part) * 64
             write = functools.partial(store, refs, column * config.block_m, first_row, split)
-            if config.k_warpgroups == 1:
-                write(sums)
-            else:
-                _add_parts(config, shared, index, row_part, k_part, sums, write)
+            shares = functools.partial(add_shares, config, shared, (rank, row_part, is_shared, index - rounds.own))
+            add_parts(config, shared, index, row_part, k_part, sums, lambda total: shares(total, write))
             return done, *following
 
         lax.fori_loop(0, mine, item, (jnp.int32(0), *load_state(jnp.int32(0))))
+
+    if config.cluster > 1:
+        leave_together()
 
 
 def _copy_stage(
@@ -208,27 +219,3 @@ def _copy_stage(
         plgpu.copy_gmem_to_smem(refs["scales"].at[pl.ds(first, groups), rows], shared["scales"].at[slot], full)
         if problem.has_zeros:
             plgpu.copy_gmem_to_smem(refs["zeros"].at[pl.ds(first, groups), rows], shared["zeros"].at[slot], full)
-
-
-def _add_parts(
-    config: Config, shared: Refs, index: jax.Array, row_part: jax.Array, k_part: jax.Array, sums: jax.Array, write: Any
-) -> None:
-    """The first of the warpgroups that share outputs adds the sums of the others and writes."""
-
-    @pl.when(k_part > 0)
-    def _hand_over() -> None:
-        @pl.when(index > 0)
-        def _wait() -> None:
-            plgpu.barrier_wait(shared["parts_empty"].at[row_part])
-
-        shared["parts"][row_part, k_part - 1] = sums
-        plgpu.barrier_arrive(shared["parts_full"].at[row_part])
-
-    @pl.when(k_part == 0)
-    def _add() -> None:
-        plgpu.barrier_wait(shared["parts_full"].at[row_part])
-        total = sums
-        for other in range(config.k_warpgroups - 1):
-            total = total + shared["parts"][row_part, other]
-        plgpu.barrier_arrive(shared["parts_empty"].at[row_part])
-        write(total)

@@ -10,7 +10,15 @@ import functools
 import itertools
 from dataclasses import replace
 
-from pallas_kernels.affine_matmul.config import MULTIPROCESSORS, Config, Problem, no_entries, supported_config
+from pallas_kernels.affine_matmul.config import (
+    CLUSTERED,
+    MULTIPROCESSORS,
+    Config,
+    Problem,
+    no_entries,
+    supported_config,
+)
+from pallas_kernels.affine_matmul.parts import Rounds
 from pallas_kernels.codebook_matmul.decode import INTEGER_OPERATIONS
 from pallas_kernels.int_matmul import LONGEST_SUM
 
@@ -22,6 +30,7 @@ _PRODUCTS = 2048 * 1.7  # of 16 bits; twice as many of 8
 _BLOCK = 700.0  # tables and outputs of a block
 _STEP = 50.0  # barriers, and the tensor core running dry
 _SECOND_KERNEL = 2500.0
+_HAND_OVER = 1000.0  # between the CTAs of a cluster
 _OVERHEAD = 0.12  # integer operations a weight beside the look-up
 
 
@@ -62,14 +71,15 @@ def candidates(problem: Problem) -> list[Config]:
     widths = [width for width in (8, 16, 32, 64) if problem.tokens <= width][:1] if few else [128, 256]
     parts = ((4, 1), (2, 2), (1, 4)) if few else ((2, 1), (1, 2))
     found = []
-    for width, (rows, k_parts), block_k, splits in itertools.product(widths, parts, (512, 256, 128), (1, 2, 4, 8)):
+    shared = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4))  # splits, cluster
+    for width, (rows, k_parts), block_k, (splits, cluster) in itertools.product(widths, parts, (512, 256, 128), shared):
         blocks = -(-problem.outputs // (64 * rows)) * -(-problem.tokens // width) * splits
         steps = -(-problem.inputs // (block_k * splits))
-        if splits > 1 and (steps < 2 or width == 256):
+        if splits * cluster > 1 and (steps < 2 * cluster or width == 256):
             continue
-        config = Config(
-            width, block_k, rows, k_parts, splits, max(2, min(8, steps)), blocks=min(blocks, MULTIPROCESSORS)
-        )
+        stages = max(2, min(8, steps))
+        ctas = min(blocks, MULTIPROCESSORS) if cluster == 1 else CLUSTERED[cluster]
+        config = Config(width, block_k, rows, k_parts, splits, stages, blocks=ctas, cluster=cluster)
         while config.stages > 2 and supported_config(problem, config) is not None:
             config = replace(config, stages=config.stages - 1)
         if supported_config(problem, config) is None:
@@ -90,7 +100,10 @@ def estimate(problem: Problem, config: Config, entry_bytes: int | None = None) -
     memory = words / column_blocks / _MEMORY_BYTES + (words + x_bytes) / _CACHE_BYTES
     look_ups = weights * (operations + _OVERHEAD) / _INTEGER_OPERATIONS
     products = weights * config.block_m / (_PRODUCTS * (2 if problem.x_bytes == 1 else 1))
-    time = -(-items // config.blocks) * (max(memory, look_ups, products) + steps * _STEP + _BLOCK)
+    rounds = Rounds(items, config.cluster, config.blocks)
+    shared = -(-(items - rounds.own * config.blocks) // (config.blocks // config.cluster))  # of a cluster together
+    whole = max(memory, look_ups, products) + steps * _STEP + _BLOCK
+    time = rounds.own * whole + shared * (whole / config.cluster + (config.cluster > 1) * _HAND_OVER)
     time += (words / _MEMORY_BYTES + x_bytes / _CACHE_BYTES) / steps  # nothing to compute before the first stage
     if config.splits > 1:
         sums = config.splits * problem.tokens * problem.outputs * 4
