@@ -65,7 +65,7 @@ TABLES = (
     Kind("w3a16-int8-table", 3, "bfloat16", None, entry="int8"),
     Kind("w3a8-int8-table", 3, "int8", None, entry="int8"),
 )
-COMPARED = 4  # configurations of a table beside the chosen one
+COMPARED = 6  # configurations of a table beside the chosen one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,23 +105,16 @@ def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
     whole = n > 132 * 64  # blocks of 64 outputs are enough for all multiprocessors
     if m <= 16:
         width = 8 if m <= 8 else 16
-        shared = (
-            (512, 1, 4, 1, 2),
-            (1024, 1, 4, 1, 2),
-            (512, 2, 2, 1, 2),
-            (512, 2, 2, 1, 4),
-            (256, 1, 4, 1, 2),
-            (256, 4, 1, 1, 4),
-        )
+        shared = ((512, 1, 4, 1, 2), (1024, 1, 4, 1, 2), (2048, 1, 4, 1, 2))
         alone = ((512, 2, 2, 1, 1), (256, 4, 1, 1, 1)) if whole else ((512, 2, 2, 4, 1), (512, 1, 4, 1, 1))
         return [(width, *rest) for rest in (*shared, *alone)]
     if m <= 64:
-        shared = ((128, 2, 2, 1, 4), (256, 2, 2, 1, 4), (256, 2, 2, 1, 2), (256, 1, 4, 1, 2), (128, 4, 1, 1, 2))
+        shared = ((256, 2, 2, 1, 2), (256, 1, 4, 1, 2))
         alone = ((128, 4, 1, 1, 1), (256, 2, 2, 1, 1)) if whole else ((128, 4, 1, 8, 1), (512, 1, 4, 1, 1))
         return [(64, *rest) for rest in (*shared, *alone)]
     if kind.x != "int8":
         return [(256, 128, 2, 1, 1, 1), (128, 128, 2, 1, 1, 1), (128, 128, 3, 1, 1, 1), (128, 128, 2, 1, 1, 2)]
-    shared = [(128, 128, 2, 1, 1, 2), (128, 256, 2, 1, 1, 2), (64, 256, 2, 1, 1, 2), (128, 128, 2, 1, 1, 4)]
+    shared = [(128, 128, 2, 1, 1, 2), (128, 256, 2, 1, 1, 2), (96, 256, 3, 1, 1, 2)]
     alone = [(128, 256, 2), (128, 128, 2), (96, 256, 3), (128, 128, 3), (160, 128, 2), (256, 128, 2)]
     return [*shared, *((*cut, 1, 1, 1) for cut in alone)]
 
@@ -135,8 +128,7 @@ def compared(row: Row) -> Iterator[affine.Config]:
         return
     for block_m, block_k, rows, parts, splits, cluster in cuts(kind, m, n):
         blocks = min(132, -(-n // (64 * rows)) * -(-m // block_m) * splits)
-        if cluster > 1:
-            blocks = {2: 132, 4: 128}[cluster]
+        blocks = blocks if cluster == 1 else 132
         for scale in ("operand", "sum") if kind.x != "int8" and m > 64 else ("sum",):
             yield affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, cluster)
 

@@ -10,7 +10,6 @@ import dataclasses
 from typing import Literal
 
 MULTIPROCESSORS = 132  # of an H100 or H200
-CLUSTERED = {2: 132, 4: 128}  # CTAs of clusters that run at once: they do not reach across groups of 16 or 18
 SHARED_MEMORY = 227 * 1024
 _REGISTERS = 65536  # of a multiprocessor
 _OTHER_REGISTERS = 72  # words, fragments of two tiles, addresses
@@ -123,8 +122,10 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return f"{per_warpgroup} inputs a warpgroup and group_size={group}: neither is a multiple of the other"
     if config.scale == "operand" and problem.x_dtype == "int8":
         return "an 8-bit operand cannot hold a scaled weight"
-    if config.cluster != 1 and (config.cluster not in CLUSTERED or config.blocks % config.cluster):
-        return f"{config.blocks} blocks do not come in clusters of {config.cluster}; expected 2 or 4 that divide them"
+    if config.cluster not in (1, 2) or config.blocks % config.cluster:
+        return (
+            f"{config.blocks} blocks do not come in clusters of {config.cluster}; expected 1, or 2 and an even number"
+        )
     if config.cluster > 1 and config.splits > 1:
         return "both a cluster and another kernel would add sums; expected one of them"
     if config.warpgroups + 1 > MOST_WARPGROUPS:

@@ -11,7 +11,6 @@ import itertools
 from dataclasses import replace
 
 from pallas_kernels.affine_matmul.config import (
-    CLUSTERED,
     MULTIPROCESSORS,
     Config,
     Problem,
@@ -22,8 +21,9 @@ from pallas_kernels.affine_matmul.parts import Rounds
 from pallas_kernels.codebook_matmul.decode import INTEGER_OPERATIONS
 from pallas_kernels.int_matmul import LONGEST_SUM
 
-# A multiprocessor of an H200, a nanosecond.
-_MEMORY_BYTES = 33.0  # 4.3 TB/s over all
+# An H200, a nanosecond: the memory of all multiprocessors, and the most that one gets; else of one of them
+_ALL_MEMORY_BYTES = 4300.0
+_MEMORY_BYTES = 40.0
 _CACHE_BYTES = 100.0
 _INTEGER_OPERATIONS = 64 * 1.7
 _PRODUCTS = 2048 * 1.7  # of 16 bits; twice as many of 8
@@ -70,15 +70,16 @@ def candidates(problem: Problem) -> list[Config]:
     few = problem.tokens <= 64
     widths = [width for width in (8, 16, 32, 64) if problem.tokens <= width][:1] if few else [128, 256]
     parts = ((4, 1), (2, 2), (1, 4)) if few else ((2, 1), (1, 2))
+    sizes = (1024, 512, 256, 128) if few else (512, 256, 128)
     found = []
-    shared = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4))  # splits, cluster
-    for width, (rows, k_parts), block_k, (splits, cluster) in itertools.product(widths, parts, (512, 256, 128), shared):
+    shared = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2))  # splits, cluster
+    for width, (rows, k_parts), block_k, (splits, cluster) in itertools.product(widths, parts, sizes, shared):
         blocks = -(-problem.outputs // (64 * rows)) * -(-problem.tokens // width) * splits
         steps = -(-problem.inputs // (block_k * splits))
         if splits * cluster > 1 and (steps < 2 * cluster or width == 256):
             continue
         stages = max(2, min(8, steps))
-        ctas = min(blocks, MULTIPROCESSORS) if cluster == 1 else CLUSTERED[cluster]
+        ctas = min(blocks, MULTIPROCESSORS) if cluster == 1 else MULTIPROCESSORS
         config = Config(width, block_k, rows, k_parts, splits, stages, blocks=ctas, cluster=cluster)
         while config.stages > 2 and supported_config(problem, config) is not None:
             config = replace(config, stages=config.stages - 1)
@@ -97,15 +98,16 @@ def estimate(problem: Problem, config: Config, entry_bytes: int | None = None) -
     x_bytes = config.block_m * steps * config.block_k * problem.x_bytes
     words = weights * problem.bits / 8
     # tokens of one block of outputs follow each other: only the first finds its words in memory alone
-    memory = words / column_blocks / _MEMORY_BYTES + (words + x_bytes) / _CACHE_BYTES
+    share = min(_ALL_MEMORY_BYTES / min(items, config.blocks), _MEMORY_BYTES)
+    memory = words / column_blocks / share + (words + x_bytes) / _CACHE_BYTES
     look_ups = weights * (operations + _OVERHEAD) / _INTEGER_OPERATIONS
     products = weights * config.block_m / (_PRODUCTS * (2 if problem.x_bytes == 1 else 1))
     rounds = Rounds(items, config.cluster, config.blocks)
     shared = -(-(items - rounds.own * config.blocks) // (config.blocks // config.cluster))  # of a cluster together
     whole = max(memory, look_ups, products) + steps * _STEP + _BLOCK
     time = rounds.own * whole + shared * (whole / config.cluster + (config.cluster > 1) * _HAND_OVER)
-    time += (words / _MEMORY_BYTES + x_bytes / _CACHE_BYTES) / steps  # nothing to compute before the first stage
+    time += (words / share + x_bytes / _CACHE_BYTES) / steps  # nothing to compute before the first stage
     if config.splits > 1:
         sums = config.splits * problem.tokens * problem.outputs * 4
-        time += _SECOND_KERNEL + 2 * sums / (_MEMORY_BYTES * MULTIPROCESSORS)
+        time += _SECOND_KERNEL + 2 * sums / _ALL_MEMORY_BYTES
     return time
