@@ -10,6 +10,10 @@ with the device time by CUPTI (median, two weights read in turns), the time over
 bfloat16 product of the same shape in the same process, and the relative error against float32 arithmetic on the decoded
 weight: of all outputs, and of the worst single output, where an entry that is missing would show. Kinds with "uneven"
 have some rows and columns full of entries. Results go to a file if --out names one; a row that fails says why.
+
+With --rows it is `add_rows` alone, without a base, for each number of tokens up to 32: in its default configuration,
+then in others of `SWEEP`. A transposition of x that XLA makes beside it is counted; differences are to the default in
+float32, bfloat16's rounding of the result included.
 """
 
 import argparse
@@ -28,7 +32,7 @@ from bench.device_time import device_time
 from bench.matmul import dense_times, random_weight, tokens_of
 from jquant.format.spec import QuantSpec
 from jquant.format.weights import sparse_residual
-from pallas_kernels.sparse_matmul import prepare_rows
+from pallas_kernels.sparse_matmul import Config, add_rows, default_config, prepare_rows
 
 N, K = 28672, 8192
 TOKENS = (1, 8, 16, 64, 256, 2048)
@@ -38,6 +42,15 @@ KINDS = {
     "W3 codebook, uneven": "w3-codebook+s0.45%",
     "W4 codebook": "w4-codebook+s0.45%",
 }
+SWEEP = [  # block_n, chunk, depth, block_m, num_warps
+    Config(*each)
+    for each in [
+        *[(32, 16, 4, 1, 4), (32, 16, 2, 1, 4), (16, 16, 4, 1, 2), (64, 16, 4, 1, 8), (16, 32, 2, 1, 4)],
+        *[(32, 64, 1, 1, 4), (32, 4, 8, 2, 4), (32, 4, 8, 4, 4), (32, 4, 4, 4, 4), (16, 8, 8, 4, 4)],
+        *[(32, 4, 8, 8, 4), (32, 4, 4, 8, 4), (16, 8, 8, 8, 4), (16, 8, 4, 8, 4), (32, 8, 4, 8, 8)],
+        *[(16, 4, 8, 16, 4), (16, 4, 4, 16, 4), (32, 2, 8, 16, 4), (8, 8, 4, 16, 4), (32, 4, 4, 16, 8)],
+    ]
+]
 
 
 def main() -> None:
@@ -46,9 +59,13 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--size", default=f"{N},{K}", help="N,K")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--rows", action="store_true")
     options = parser.parse_args()
     n, k = (int(text) for text in options.size.split(","))
     tokens = [int(text) for text in options.tokens.split(",")]
+    if options.rows:
+        sweep_rows(n, k, [m for m in tokens if m <= 32])
+        return
     results: list[dict[str, Any]] = []
     dense = dense_times(n, k, tokens)
     for name, spec in KINDS.items():
@@ -71,6 +88,30 @@ def main() -> None:
                 print(describe(row), flush=True)
                 if options.out is not None:
                     options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def sweep_rows(n: int, k: int, tokens: list[int]) -> None:
+    """Prints the time of `add_rows` for rows of about 0.45 % of the inputs, in each configuration."""
+    copies = []
+    for seed in range(16):  # 75 MB, more than the L2 cache holds
+        rng = np.random.default_rng(seed)
+        counts = np.random.default_rng(0).binomial(k, 0.0045, n)
+        columns = rng.integers(0, k, counts.sum()).astype(np.uint16)
+        pointer = np.concatenate([[0], np.cumsum(counts)])
+        copies.append(prepare_rows(rng.normal(size=columns.size).astype(np.float16), columns, pointer))
+    for m in tokens:
+        first = tokens_of(m, k), jax.random.normal(jax.random.key(0), (m, n))
+        expected = add_rows(first[1], first[0], copies[0])
+        default = default_config(m)
+        others = [each for each in SWEEP if each != default and each.block_m < 2 * m <= 8 * each.block_m]
+        for config in [default, *others]:
+            run = jax.jit(lambda xy, rows, c=config: add_rows(xy[1], xy[0], rows, out_dtype=xy[0].dtype, config=c))
+            try:
+                worst = float(jnp.max(jnp.abs(run(first, copies[0]) - expected)))
+                text = f"{device_time(run, first, copies):8.2f} us, largest difference {worst:.1e}"
+            except Exception as error:
+                text = f"FAILED {type(error).__name__}: {error}"[:300]
+            print(f"rows alone M={m:<4d} {config}: {text}", flush=True)
 
 
 def layer_of(spec: str, n: int, k: int, seed: int, uneven: bool) -> Any:

@@ -33,10 +33,16 @@ from pallas_kernels.device import no_hopper
 
 Packed = AffineWeight | CodebookWeight
 
-# Up to so many tokens sparse entries have a product of their own. For 28672 x 8192 weights in 3 bits and 0.45 % of them
-# it adds 9 us to 38 us at one token and 24 us at 16, and at 64 more than the base takes. In the base's own product they
-# cost instructions, 30 at one token and 60 at more, beside its 63 for 64 inputs: by estimate 5 and 10 us, not measured.
-ROWS_TOKENS = 32
+# Up to so many tokens sparse entries have a product of their own. Measured on an H200, 28672 x 8192 and 0.45 % of them,
+# microseconds over those of the base alone, by themselves and inside its product (3 bits with tables; 4 bits, groups):
+#
+#     tokens       1          8         16          64         256         2048
+#     base         38.5 34.4  38.4      45.4 36.4   67.9 60.8  165  168    1188 1207
+#     by row        8.8  9.6  23.2      25.5 25.6   72.5 73.2  279  277    2169 2172
+#     inside       17.4 19.5  29.5      26.1 30.3   26.0 29.2   30   31     128  166
+#
+# That was before the product by row asked for more loads at once and wrote the output's own type.
+ROWS_TOKENS = 16
 
 
 def no_fragments(layer: QuantizedLinear) -> str | None:
@@ -133,7 +139,7 @@ def product(x: jax.Array, layer: QuantizedLinear, out_dtype: DTypeLike) -> jax.A
     if kept is not None and beside is not None:
         y = y + xla.dense(beside, kept.weight)
     if by_row is not None:
-        y = sparse_matmul.add_rows(y, x, by_row)
+        y = sparse_matmul.add_rows(y, x, by_row, out_dtype=out_dtype)
     return y.astype(out_dtype)
 
 

@@ -3,6 +3,7 @@
 Entries by row and by tile hold what they were made from, whatever the pattern.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_matmul import SparseRows, add_rows, gather_sum, prepare_rows, supported
+from pallas_kernels.sparse_matmul import Config, SparseRows, add_rows, gather_sum, prepare_rows, supported
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
 
@@ -69,9 +70,35 @@ def test_rows_are_added_to_what_is_there(name: str) -> None:
         # at most 300 float32 products of order one
         expected = y + np.asarray(x.astype(jnp.float32), np.float64) @ dense.T
         np.testing.assert_allclose(result, expected, atol=3e-5)
-        # rows without entries are not touched at all
+        # rows without entries keep their values
         empty = np.diff(pointer) == 0
         np.testing.assert_array_equal(np.asarray(result)[:, empty], y[:, empty])
+
+
+@pytest.mark.parametrize("counts", [[7], [0], [131], [0, 131, 0, 3, 131, 90, 64, 65, 1], [131] * 35])
+def test_rows_of_any_kind_are_rounded_once_to_the_type_asked_for(counts: list[int]) -> None:
+    values, columns, pointer, dense = _matrix(np.array(counts), 131)
+    sparse = prepare_rows(values, columns, pointer)
+    rng = np.random.default_rng(3)
+    for tokens, dtype in ((1, "bfloat16"), (2, "float32"), (5, "float16")):
+        x = rng.normal(size=(tokens, 131)).astype(np.float16)
+        y = rng.normal(size=(tokens, len(counts))).astype(np.float32)
+        result = add_rows(jnp.asarray(y), jnp.asarray(x), sparse, out_dtype=dtype, interpret=True)
+        assert result.dtype == dtype
+        # at most 131 float32 products of order one, then half a unit in the last place
+        half = float(jnp.finfo(dtype).eps) / 2
+        expected = y + x.astype(np.float64) @ dense.T
+        np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=1.01 * half, atol=2e-5)
+
+
+def test_every_configuration_gives_the_same_sums() -> None:
+    values, columns, pointer, dense = _matrix(_counts("uneven"), 300)
+    sparse = prepare_rows(values, columns, pointer)
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(5, 300)).astype(np.float32), rng.normal(size=(5, 70)).astype(np.float32)
+    for config in (Config(32, 64, 1, 1, 4), Config(8, 16, 2, 1, 1), Config(16, 2, 1, 4, 1), Config(64, 4, 4, 8, 8)):
+        result = add_rows(jnp.asarray(y), jnp.asarray(x), sparse, config=config, interpret=True)
+        np.testing.assert_allclose(result, y + x.astype(np.float64) @ dense.T, atol=3e-5)
 
 
 def test_padding_reads_no_column_that_the_row_has_not() -> None:
@@ -91,7 +118,7 @@ def test_rows_grow_by_little() -> None:
         pointer = np.concatenate([[0], np.cumsum(counts)])
         sparse = prepare_rows(values, np.zeros(values.size, np.uint16), pointer)
         assert sparse.words.shape[0] <= 1.07 * (values.size + 2 * counts.size) + 64
-        lengths = np.diff(np.asarray(sparse.starts)) * 4
+        lengths = np.diff(np.asarray(sparse.starts) & (2**31 - 1)) * 4
         assert lengths.max() <= max(64, 2 * counts.mean() + 36)
 
 
@@ -117,7 +144,11 @@ def test_rows_lower_for_a_gpu_as_one_kernel(tokens: int, long: int) -> None:
     words = _shape(2**20, jnp.uint32)
     starts, long_rows, long_starts = (_shape(n, jnp.int32) for n in (28673, long, long + 1))
     y, x = jax.ShapeDtypeStruct((tokens, 28672), jnp.float32), jax.ShapeDtypeStruct((tokens, 8192), jnp.bfloat16)
-    assert count_kernels(lower_for_gpu(add_rows, y, x, SparseRows(words, starts, long_rows, long_starts))) == 1
+    for dtype in ("float32", "bfloat16"):
+        program = lower_for_gpu(
+            functools.partial(add_rows, out_dtype=dtype), y, x, SparseRows(words, starts, long_rows, long_starts)
+        )
+        assert count_kernels(program) == 1
 
 
 @pytest.mark.gpu
@@ -134,3 +165,5 @@ def test_rows_on_the_device() -> None:
         expected = 1 + np.asarray(x.astype(jnp.float32), np.float64) @ dense.T
         # 4000 float32 products of order one in the longest rows
         np.testing.assert_allclose(y, expected, atol=1e-3)
+        y = add_rows(jnp.ones((tokens, 1000), jnp.float32), x, sparse, out_dtype="bfloat16")
+        np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-8, atol=1e-3)
