@@ -75,7 +75,8 @@ def affine_matmul(
 
     weight = {"words": words}
     if group_size is None:
-        weight["row_scales"] = scales[0].astype(jnp.float32)
+        # As they are, padded or not: the kernel reads any type of float, and a conversion is a launch of its own.
+        weight["row_scales"] = scales.reshape(-1)
     else:
         weight["scales"] = _whole_tiles(scales)
         if zeros is not None:

@@ -5,6 +5,7 @@ registers are run here on NumPy arrays of 128 threads, with each instruction rep
 is compared with the fragment tables of the PTX manual.
 """
 
+import re
 import types
 from typing import Any
 
@@ -182,6 +183,8 @@ SHAPES = [  # M, N, K, bits, group_size, zeros, x, scales
     (77, 256, 1024, 3, None, False, "float16", "float32"),
     (130, 200, 1152, 4, 128, True, "bfloat16", "bfloat16"),
     (130, 128, 1024, 8, None, False, "int8", "float32"),
+    (9, 100, 576, 4, None, False, "bfloat16", "float16"),
+    (70, 200, 1024, 4, None, False, "int8", "bfloat16"),
     (300, 256, 1024, 4, None, True, "bfloat16", "bfloat16"),
     (300, 256, 1024, 8, 256, True, "bfloat16", "bfloat16"),
 ]
@@ -240,6 +243,21 @@ def test_lowers_for_cuda_in_every_configuration(shape: tuple[Any, ...]) -> None:
 
         lowered = jax.jit(run).trace(arrays).lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("float16", "f16"), ("bfloat16", "bf16")])
+@pytest.mark.parametrize("length", [100, 128])
+def test_row_scales_are_read_as_they_are(kind: str, name: str, length: int) -> None:
+    arrays = {
+        "x": jax.ShapeDtypeStruct((16, 512), jnp.bfloat16),
+        "words": jax.ShapeDtypeStruct(fragments_shape((100, 512), 4), jnp.uint32),
+        "scales": jax.ShapeDtypeStruct((1, length), jnp.dtype(kind)),
+    }
+    config = affine.Config(16, 128, 1)  # without splits, whose sums are another kernel
+    run = jax.jit(lambda arrays: affine.affine_matmul(**arrays, bits=4, outputs=100, config=config))
+    lowered = run.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"-> tensor<{length}x{name}>" in lowered
+    assert not re.search(r"stablehlo\.convert .*f32>", lowered)
 
 
 @pytest.mark.gpu
