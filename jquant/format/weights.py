@@ -77,7 +77,9 @@ class CodebookWeight:
     Entries are floats, or snapped to int8 (`is_snapped`): then there always are scales, and integer activations are
     multiplied by the entries in int32. nested holds narrower tables side by side, narrowest first, see
     `jquant.format.nested`. tables uint32 is the codebook as a kernel reads it, entries of 8 bits if they are int8, else
-    bfloat16; row_sums float32 [N] = sum_k W[n, k] goes with inputs that have offsets; `jquant.prepare` adds both.
+    bfloat16: those are divided by a factor a row, and table_scales float32 [N], the factors times `scales`, go with
+    them instead of `scales`. row_sums float32 [N] = sum_k W[n, k] goes with inputs that have offsets. `jquant.prepare`
+    adds all three.
     """
 
     codes: jax.Array
@@ -88,6 +90,7 @@ class CodebookWeight:
     layout: str = "stream"  # §
     nested: jax.Array | None = None  # [N, 2**bits - 2**narrowest]
     tables: jax.Array | None = None
+    table_scales: jax.Array | None = None
     row_sums: jax.Array | None = None
 
 
@@ -291,8 +294,8 @@ def canonical(weight: Weight) -> Weight:
         return dataclasses.replace(weight, weight=canonical(weight.weight), outliers=kept, residual=rest)
     if isinstance(weight, SparseAffineWeight):
         return weight
-    added: dict[str, Any] = {"row_sums": None} | ({} if isinstance(weight, AffineWeight) else {"tables": None})
-    return with_layout(dataclasses.replace(weight, **added), "stream")
+    added = ("row_sums",) if isinstance(weight, AffineWeight) else ("row_sums", "tables", "table_scales")
+    return with_layout(dataclasses.replace(weight, **dict.fromkeys(added)), "stream")
 
 
 def with_rows(residual: SparseResidual) -> SparseResidual:

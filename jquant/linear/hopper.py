@@ -84,6 +84,12 @@ def operand_of(base: Any, dtype: str) -> str:
     return "float16" if is_snapped(base) else dtype
 
 
+def table_scales(base: CodebookWeight, dtype: str) -> jax.Array | None:
+    """The scale of every row that goes with the table beside tokens of `dtype`: with the factors of the prepared table
+    in bfloat16, or without them where the table is made on the fly and exact."""
+    return base.scales if dtype != "bfloat16" or base.table_scales is None else base.table_scales
+
+
 def no_kernel(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str | None:
     """None if `product` serves the layer for so many tokens of such a type, else the reason why it does not."""
     if reason := no_hopper() or no_fragments(layer):
@@ -182,13 +188,13 @@ def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any)
 
 
 def _codebook(x: jax.Array, base: CodebookWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
-    tables = base.tables
+    tables, scales = base.tables, table_scales(base, x.dtype.name)
     if tables is None or (x.dtype != jnp.bfloat16 and not is_snapped(base)):
         tables = codebook_matmul.prepare_tables(base.codebook, jnp.int8 if is_snapped(base) else x.dtype)
     if is_snapped(base) and codebook_matmul.supported_rows(x.shape[0], x.shape[1], x.dtype) is None:
         x, more["x_scales"] = codebook_matmul.half_rows(x)
     more |= {"bits": base.bits, "outputs": base.shape[0], "out_dtype": out_dtype}
-    return codebook_matmul.codebook_matmul(x, base.codes, tables, base.scales, **more)
+    return codebook_matmul.codebook_matmul(x, base.codes, tables, scales, **more)
 
 
 def _group_size(base: AffineWeight) -> int | None:

@@ -24,7 +24,7 @@ from jquant.format.weights import (
 from jquant.linear import hopper
 from jquant.linear.choice import as_layer, running_dtype
 from pallas_kernels.activation_quantize import slot_columns
-from pallas_kernels.codebook_matmul import prepare_tables
+from pallas_kernels.codebook_matmul import prepare_tables, rounded_tables
 from pallas_kernels.device import no_hopper, platform
 from pallas_kernels.sparse_matmul import EntryTiles, prepare_rows, prepare_tiles
 
@@ -58,6 +58,8 @@ def _prepared(w: Any, dtype: Any) -> Any:
 def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
     base, act, kept, rest = layer.weight, layer.activation, layer.outliers, layer.residual
     assert not isinstance(base, SparseAffineWeight)
+    if isinstance(base, CodebookWeight):  # first: entries are in the units of the tables
+        base = _with_tables(base)
     if rest is not None:
         tiles = None if hopper.no_tiles(layer) else _entry_tiles(base, rest, dtype)
         rows = None
@@ -68,9 +70,6 @@ def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
     if act is not None and not act.symmetric:  # offsets of activations meet the sums of the weight's rows
         sums = _row_sums(base)
     base = with_layout(base, "fragments")
-    if isinstance(base, CodebookWeight):
-        tables = prepare_tables(base.codebook, jnp.int8 if is_snapped(base) else jnp.bfloat16)
-        base = dataclasses.replace(base, tables=tables)
     if sums is not None:
         base = dataclasses.replace(base, row_sums=sums)
     if kept is not None and act is not None:
@@ -78,18 +77,31 @@ def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
     return dataclasses.replace(layer, weight=base, outliers=kept, residual=rest)
 
 
+def _with_tables(base: CodebookWeight) -> CodebookWeight:
+    """The tables of int8 entries as they are, those of floats in bfloat16 with the factors that make little of it."""
+    if is_snapped(base):
+        return dataclasses.replace(base, tables=prepare_tables(base.codebook, jnp.int8))
+    rounded, factors = rounded_tables(base.codebook)
+    scales = jnp.broadcast_to(factors, base.shape[:1])
+    if base.scales is not None:
+        scales = scales * base.scales.astype(jnp.float32)
+    return dataclasses.replace(base, tables=prepare_tables(rounded, jnp.bfloat16), table_scales=scales)
+
+
 def _entry_tiles(base: AffineWeight | CodebookWeight, rest: SparseResidual, dtype: Any) -> EntryTiles | None:
     """The entries in the units of the kernel's decoder, whose scale multiplies after they are added; None where that
     cannot be: an entry beside a scale of zero, or one that is too large in such units."""
     values, columns, pointer = (np.asarray(array) for array in (rest.values, rest.columns, rest.row_pointer))
     values = values.astype(np.float32)
-    if base.scales is not None:
-        scales = np.asarray(base.scales.astype(jnp.float32)).reshape(base.shape[0], -1)
+    name = jnp.dtype(dtype).name
+    scales = base.scales if isinstance(base, AffineWeight) else hopper.table_scales(base, name)
+    if scales is not None:
+        scales = np.asarray(scales.astype(jnp.float32)).reshape(base.shape[0], -1)
         row = np.repeat(np.arange(base.shape[0]), np.diff(pointer))
         group = columns // base.group_size if isinstance(base, AffineWeight) else 0
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             values = values / scales[row, group]
-    kind = jnp.dtype(hopper.operand_of(base, jnp.dtype(dtype).name))
+    kind = jnp.dtype(hopper.operand_of(base, name))
     if not np.all(np.abs(values) <= float(jnp.finfo(kind).max)):
         return None
     return prepare_tiles(values, columns, pointer, base.shape[1], kind)

@@ -24,6 +24,7 @@ from pallas_kernels.affine_matmul.config import Config, Problem, supported_confi
 from pallas_kernels.affine_matmul.launch import check_entries, check_tokens, launch
 from pallas_kernels.codebook_matmul.choice import choose as choose, supported as supported
 from pallas_kernels.codebook_matmul.decode import table_planes, table_words
+from pallas_kernels.codebook_matmul.rounding import rounded_tables as rounded_tables
 from pallas_kernels.codebook_matmul.tables import TableDecoder
 from pallas_kernels.codebook_matmul.token_rows import half_rows as half_rows, supported_rows as supported_rows
 from pallas_kernels.codebook_matmul.tokens import half_tokens as half_tokens
@@ -34,8 +35,8 @@ from pallas_kernels.sparse_matmul import EntryTiles
 def prepare_tables(codebook: jax.Array, dtype: Any) -> jax.Array:
     """Tables [N or 1, 2**bits] as the kernel reads them: uint32 [planes, N padded to 64, or 1].
 
-    dtype: of an entry, that of 16-bit x, to which entries are rounded; or int8, for a codebook that is int8 and has its
-    scale apart. Such tables serve x of any type.
+    dtype: of an entry, that of 16-bit x, to which entries are rounded (`rounded_tables` first makes little of that); or
+    int8, for a codebook that is int8 and has its scale apart. Such tables serve x of any type.
     """
     if jnp.dtype(dtype) == jnp.int8 and codebook.dtype != jnp.int8:
         raise ValueError(

@@ -225,11 +225,11 @@ def test_the_product_is_that_of_the_decoded_weight(name: str, tokens: int) -> No
     y = jax.jit(linear, static_argnames="implementation")(x, prepare(w), implementation="pallas")
     expected = _expected(x, w)
     assert y.dtype == jnp.bfloat16 and y.shape == expected.shape
-    # bfloat16 outputs round to 2**-9; tables of floats are rounded to bfloat16 too, and weights scaled in 16 bits for
-    # many tokens
+    # bfloat16 outputs round to 2**-9, and those of few tokens may all lie where that counts most, above a power of two;
+    # weights are scaled in 16 bits for many tokens
     error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
-    rounded = ("codebook" in name and "int8" not in name) or ("codebook" not in name and tokens > 128)
-    assert error <= (3.5e-3 if rounded else 2.5e-3)
+    rounded = "codebook" not in name and tokens > 128
+    assert error <= (3.5e-3 if rounded else 2.5e-3 if tokens <= 3 else 2e-3)
 
 
 def _expected(x: jax.Array, w: Any) -> np.ndarray:
