@@ -49,10 +49,10 @@ class Config:
 
 
 def default_config(tokens: int, columns: int) -> Config:
-    """A whole token a program, or several narrow ones; 16 entries a thread for few tokens, 32 for many."""
+    """A whole token a program, or several narrow ones; 8 entries a thread for few tokens, 32 for many."""
     width = pl.next_power_of_2(columns)
     block_m = max(min(4096 // width, pl.next_power_of_2(tokens)), 1)
-    each = 16 if tokens <= 132 else 32
+    each = 8 if tokens <= 512 else 32
     return Config(block_m, max(min(block_m * width // (32 * each), 32), 1))
 
 

@@ -25,11 +25,15 @@ exponent and the 128 brought, by a packed subtraction, which is no work of the i
 
 Of bfloat16, whose mantissa has seven bits, a byte would need two exponents and so two more instructions.
 
+Tables of 16-bit fixed-point numbers 256 h + l (`pallas_kernels.codebook_matmul.fixed_point`) make two operands of 8
+bits, one of each plane, whose products have sums of their own: what puts the bytes together is then not needed.
+
 Instructions of the integer pipe a weight (it can afford 1.7 at 4 bits and 1.3 at 3 bits at the bandwidth of an H200):
 
     bits                            2       3       4
     16-bit entries                  1.19    1.41    2.63
     8-bit entries, float16 inputs   1.06    1.16    1.88
+    16-bit fixed point, 8-bit inputs 0.81   0.91    2.13
     8-bit entries, 8-bit inputs     0.56    0.66    1.38
 
 Right shifts (0.44 of the first, else 0.31, 0.22 and 0.38 of these) can be had from the multiplier, too, as the high
@@ -58,6 +62,9 @@ INTEGER_OPERATIONS = {
     (2, 1, 2): 1.06,
     (3, 1, 2): 1.16,
     (4, 1, 2): 1.88,
+    (2, 2, 1): 0.81,
+    (3, 2, 1): 0.91,
+    (4, 2, 1): 2.13,
     (2, 1, 1): 0.56,
     (3, 1, 1): 0.66,
     (4, 1, 1): 1.38,
@@ -146,12 +153,13 @@ def decode_tile(
 
     words: the thread's words of the tile, plane after plane; tables: the plane words of rows r0 and r1, biased if 8-bit
     entries are to make 16-bit operands, which are float16 then.
-    16-bit operands are four steps of m64k16, 8-bit operands two of m64k32, each [a0, a1, a2, a3].
+    16-bit operands are four steps of m64k16, 8-bit operands two of m64k32, each [a0, a1, a2, a3]; of 16-bit entries in
+    fixed point the two of the low bytes come before the two of the high ones.
     """
-    if bits == 2 and entry_bytes == 2:
+    if bits == 2 and entry_bytes == 2 and operand_bytes == 2:
         return _two_bits(instructions, words, tables)
     steps: list[list[Word]] = [[None] * 4 for _ in range(4)]  # [step][row, 2 + row]
-    bytes_: list[list[Word]] = [[None] * 4 for _ in range(2)]
+    bytes_: list[list[Word]] = [[None] * 4 for _ in range(2 * entry_bytes)]
     for j, choose in enumerate(_selectors(instructions, words, bits)):
         u, row = divmod(j, 2)
         for v, selectors in enumerate(choose):
@@ -160,7 +168,8 @@ def decode_tile(
                 for i in range(0, table_words(bits, entry_bytes), 2**bits // 4)
             ]
             if operand_bytes == 1:
-                bytes_[u][row + 2 * v] = planes[0]
+                for plane, found in enumerate(planes):
+                    bytes_[2 * plane + u][row + 2 * v] = found
             elif entry_bytes == 1:
                 for pair, selector in ((0, 0x4240), (2, 0x4341)):
                     raised = instructions.permute(planes[0], _EXPONENT, selector)

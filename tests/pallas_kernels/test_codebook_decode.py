@@ -16,6 +16,7 @@ from pallas_kernels.codebook_matmul.decode import (
     table_words,
     words_per_thread,
 )
+from pallas_kernels.codebook_matmul.fixed_point import fixed_point_tables
 from pallas_kernels.fragments import pack_fragments
 
 ROWS_OF = np.array([16 * (th // 32) + th % 32 // 4 for th in range(128)])
@@ -78,7 +79,8 @@ class Emulated:
 
 
 def _decode(codes: np.ndarray, codebook: Any, bits: int, operand: Any) -> tuple[np.ndarray, Emulated]:
-    """The tile [64, 64] as the tensor core would see it; int8 in the order of the slots' columns."""
+    """The tile [64, 64] as the tensor core would see it; int8 in the order of the slots' columns. Of 16-bit entries for
+    int8 operands there are two, [2, 64, 64]: their low bytes and their high ones."""
     size, operand = codebook.dtype.itemsize, np.dtype(operand)
     planes = np.asarray(table_planes(jnp.asarray(codebook)))
     assert planes.shape == (table_words(bits, size), 64)
@@ -93,8 +95,10 @@ def _decode(codes: np.ndarray, codebook: Any, bits: int, operand: Any) -> tuple[
     if size < operand.itemsize:
         tables = [biased_table(table, lambda word, mask: word ^ np.uint32(mask)) for table in tables]
     steps = decode_tile(machine, mine, tables, bits, size, operand.itemsize)
-    dense = np.zeros((64, 64), operand)
-    for s, registers in enumerate(steps):
+    tiles = max(1, size // operand.itemsize)
+    dense = np.zeros((tiles, 64, 64), operand)
+    for step, registers in enumerate(steps):
+        plane, s = divmod(step, len(steps) // tiles)
         for i, register in enumerate(registers):
             rows = ROWS_OF + 8 * (i % 2)
             values = np.ascontiguousarray(register).view(operand).reshape(128, -1)
@@ -103,8 +107,8 @@ def _decode(codes: np.ndarray, codebook: Any, bits: int, operand: Any) -> tuple[
             else:
                 columns = [32 * s + 16 * (i // 2) + 2 * T + d for d in (0, 8, 1, 9)]
             for j, column in enumerate(columns):
-                dense[rows, column] = values[:, j]
-    return dense, machine
+                dense[plane, rows, column] = values[:, j]
+    return dense if tiles > 1 else dense[0], machine
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -139,6 +143,31 @@ def test_int8_entries_become_float16_operands_exactly(bits: int) -> None:
     # two permutes and two subtractions for four weights more than 8-bit operands take
     assert machine.integer == {2: 34, 3: 37, 4: 60}[bits] and machine.floats == 16
     assert abs(machine.integer / 32 - INTEGER_OPERATIONS[bits, 1, 2]) <= 0.005
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_fixed_point_entries_become_two_operands_of_bytes(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (64, 64), dtype=np.uint8)
+    table = (rng.normal(size=(64, 2**bits)) * 10.0 ** rng.integers(-30, 30, (64, 1))).astype(np.float32)
+    table[0] = 0
+    words, scales = (np.asarray(a) for a in fixed_point_tables(jnp.asarray(table)))
+    dense, machine = _decode(codes, words, bits, np.int8)
+    low, high = dense.astype(np.float64)
+    assert np.abs(high).max() <= 127
+    weight = (256 * high + low) * scales[:, None].astype(np.float64)
+    expected = np.take_along_axis(table, codes.astype(np.int64), axis=1)
+    # half a step; the float32 scale is rounded, too
+    error = np.abs(weight - expected) / np.abs(table).max(axis=1, keepdims=True).clip(1e-37)
+    assert error.max() <= 0.501 / 32639 and not error[0].any()
+    # two permutes for four weights fewer than what a 16-bit operand takes, and for two bits no multiplications
+    assert machine.integer == {2: 26, 3: 29, 4: 68}[bits] and machine.multiplier == 0
+    assert abs(machine.integer / 32 - INTEGER_OPERATIONS[bits, 2, 1]) <= 0.005
+
+
+def test_a_fixed_point_table_that_is_not_finite_says_so() -> None:
+    words, scales = fixed_point_tables(jnp.asarray([[1.0, jnp.inf, 0, 0], [jnp.nan, 1, 2, 3], [1, 2, 3, 4.0]]))
+    assert np.isnan(scales[:2]).all() and scales[2] == np.float32(4) / 32639 and not words[:2].any()
 
 
 def test_planes_hold_the_bytes_of_the_entries() -> None:

@@ -128,8 +128,8 @@ def test_the_product_is_that_of_the_weight_with_its_entries(case: Case) -> None:
     arguments, weight = _made(case)
     expected = np.asarray(arguments["x"], np.float64) @ weight.T
     # An entry is rounded to 16 bits, its sum with the weight too, and a scaled operand and its scale once each: four
-    # times up to half a unit in the last of 8 or 11 bits, 2**-8 or 2**-11. Every output is judged by itself: an entry that is
-    # missing, or added twice, is an error of order one there.
+    # times up to half a unit in the last of 8 or 11 bits, 2**-8 or 2**-11. Every output is judged by itself: an entry
+    # that is missing, or added twice, is an error of order one there.
     tolerance = 4 * (2**-8 if case.x == "bfloat16" else 2**-11)
     size = np.linalg.norm(weight, axis=1) * np.sqrt(np.mean(np.asarray(arguments["x"], np.float64) ** 2, axis=0)).max()
     for config in _configs(case, arguments):
