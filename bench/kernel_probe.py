@@ -30,6 +30,7 @@ from bench.device_time import device_time
 from pallas_kernels import affine_matmul as affine, codebook_matmul as codebook
 from pallas_kernels.codebook_matmul.choice import candidates, estimate
 from pallas_kernels.fragments import fragments_shape, slot_order, unpack_fragments
+from pallas_kernels.half_tokens import half_rows
 
 SHAPES = ((28672, 8192), (4096, 4096))
 TOKENS = (1, 16, 64, 256, 2048)
@@ -252,7 +253,7 @@ class Bench:
                 return affine.affine_matmul(**inputs, **arrays, **static, group_size=kind.group_size)
             arrays = {name: array for name, array in arrays.items() if name != "codebook"}
             if kind.entry == "int8" and kind.x == "bfloat16":
-                half, powers = codebook.half_rows(inputs["x"])
+                half, powers = half_rows(inputs["x"])
                 inputs = {"x": half, "x_scales": powers}
             return codebook.codebook_matmul(**inputs, **arrays, **static)
 

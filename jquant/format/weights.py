@@ -46,7 +46,7 @@ def _pytree(*static: str) -> Callable[[type[T]], type[T]]:
     return register
 
 
-@_pytree("bits", "group_size", "group_axis", "shape", "layout")
+@_pytree("bits", "group_size", "group_axis", "shape", "layout", "fits_half")
 @dataclasses.dataclass(frozen=True)
 class AffineWeight:
     """Integer codes with a scale, and perhaps a zero point, a group.
@@ -55,7 +55,8 @@ class AffineWeight:
     group_axis "out": group g of column k is outputs [g*group_size, ...); scales [G, K], G = ceil(N/group_size).
     The last group may be shorter. zeros are integers in [0, 2**bits), packed as a stream along the axis that is not
     grouped: uint32 [G, ceil(N*bits/32)] ("in") or [G, ceil(K*bits/32)] ("out"); None is symmetric, zero 2**(bits-1).
-    row_sums float32 [N] = sum_k W[n, k] goes with inputs that have offsets; `jquant.prepare` adds it.
+    row_sums float32 [N] = sum_k W[n, k] goes with inputs that have offsets; fits_half says whether the weights can be
+    float16 without harm. `jquant.prepare` adds both, a checkpoint has neither.
     """
 
     codes: jax.Array
@@ -67,6 +68,7 @@ class AffineWeight:
     shape: tuple[int, int]  # § (N, K)
     layout: str = "stream"  # §
     row_sums: jax.Array | None = None
+    fits_half: bool | None = None  # §
 
 
 @_pytree("bits", "shape", "layout")
@@ -294,8 +296,8 @@ def canonical(weight: Weight) -> Weight:
         return dataclasses.replace(weight, weight=canonical(weight.weight), outliers=kept, residual=rest)
     if isinstance(weight, SparseAffineWeight):
         return weight
-    added = ("row_sums",) if isinstance(weight, AffineWeight) else ("row_sums", "tables", "table_scales")
-    return with_layout(dataclasses.replace(weight, **dict.fromkeys(added)), "stream")
+    more = ("fits_half",) if isinstance(weight, AffineWeight) else ("tables", "table_scales")
+    return with_layout(dataclasses.replace(weight, **dict.fromkeys(("row_sums", *more))), "stream")
 
 
 def with_rows(residual: SparseResidual) -> SparseResidual:

@@ -9,6 +9,7 @@ weights, or have a product of their own, beside kept columns and where they do n
 added to the base is added to float32 sums.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,7 +29,7 @@ from jquant.format.weights import (
     is_snapped,
 )
 from jquant.linear import xla
-from pallas_kernels import activation_quantize, affine_matmul, codebook_matmul, sparse_matmul
+from pallas_kernels import activation_quantize, affine_matmul, codebook_matmul, half_tokens, sparse_matmul
 from pallas_kernels.device import no_hopper
 
 Packed = AffineWeight | CodebookWeight
@@ -78,10 +79,21 @@ def no_tiles(layer: QuantizedLinear) -> str | None:
     return _supported(layer.weight, layer.activation, 1, "bfloat16", entry_words=32)
 
 
-def operand_of(base: Any, dtype: str) -> str:
-    """The type in which the tensor core multiplies 16-bit tokens of `dtype`: int8 tables become float16, and so do the
-    tokens beside them."""
+def entry_type(base: Packed, dtype: str) -> str:
+    """The type of sparse entries that are added to the weights beside 16-bit tokens of `dtype`."""
     return "float16" if is_snapped(base) else dtype
+
+
+def operand_of(base: Packed, problem: affine_matmul.Problem) -> str:
+    """The type in which the tensor core multiplies the tokens of a problem. bfloat16 tokens become float16 beside int8
+    tables, and where scaling the weights of groups rounds them, which costs an eighth in float16, if they fit. Not with
+    sparse entries added: those are of one type for any number of tokens."""
+    if problem.x_dtype != "bfloat16":
+        return problem.x_dtype
+    if is_snapped(base):
+        return "float16"
+    fits = isinstance(base, AffineWeight) and base.fits_half and not problem.entry_words
+    return "float16" if fits and affine_matmul.rounds_weights(problem) else "bfloat16"
 
 
 def table_scales(base: CodebookWeight, dtype: str) -> jax.Array | None:
@@ -101,7 +113,7 @@ def no_kernel(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str | No
         return "there are no tokens"
     assert not isinstance(layer.weight, SparseAffineWeight)
     tiles = _tiles(layer, tokens, name)
-    if tiles is not None and tiles.dtype != operand_of(layer.weight, name):
+    if tiles is not None and tiles.dtype != entry_type(layer.weight, name):
         return f"sparse entries were prepared for {tiles.dtype}, activations are {name}"
     return _supported(layer.weight, layer.activation, tokens, name, _words(tiles))
 
@@ -116,7 +128,8 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
         config = codebook_matmul.choose(problem, 1 if is_snapped(base) else None)
     else:
         config = affine_matmul.choose(problem)
-    inputs = name if act is None else f"{act.bits}-bit codes"
+    inputs = name if problem.x_dtype == name else f"{name} as {problem.x_dtype}"
+    inputs = inputs if act is None else f"{act.bits}-bit codes"
     codes = f"{base.bits}-bit codes" + (" into an int8 table" if is_snapped(base) else "")
     entries = ""
     if layer.residual is not None:
@@ -183,6 +196,10 @@ def _base(x: jax.Array, base: Packed, out_dtype: DTypeLike, **more: Any) -> jax.
 
 
 def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
+    if x.dtype == jnp.bfloat16:
+        problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")))
+        if problem.x_dtype == "float16":
+            x, more["x_scales"] = half_tokens.convert(x)
     more |= {"bits": base.bits, "outputs": base.shape[0], "group_size": _group_size(base), "out_dtype": out_dtype}
     return affine_matmul.affine_matmul(x, base.codes, base.scales, base.zeros, **more)
 
@@ -191,8 +208,8 @@ def _codebook(x: jax.Array, base: CodebookWeight, out_dtype: DTypeLike, **more: 
     tables, scales = base.tables, table_scales(base, x.dtype.name)
     if tables is None or (x.dtype != jnp.bfloat16 and not is_snapped(base)):
         tables = codebook_matmul.prepare_tables(base.codebook, jnp.int8 if is_snapped(base) else x.dtype)
-    if is_snapped(base) and codebook_matmul.supported_rows(x.shape[0], x.shape[1], x.dtype) is None:
-        x, more["x_scales"] = codebook_matmul.half_rows(x)
+    if is_snapped(base) and x.dtype == jnp.bfloat16:
+        x, more["x_scales"] = half_tokens.convert(x)
     more |= {"bits": base.bits, "outputs": base.shape[0], "out_dtype": out_dtype}
     return codebook_matmul.codebook_matmul(x, base.codes, tables, scales, **more)
 
@@ -206,9 +223,9 @@ def _tiles(layer: QuantizedLinear, tokens: int, dtype: str) -> sparse_matmul.Ent
     rest = layer.residual
     if rest is None or rest.by_tile is None:
         return None
-    by_row = rest.by_row is not None and (
-        tokens <= ROWS_TOKENS or rest.by_tile.dtype != operand_of(layer.weight, dtype)
-    )
+    assert not isinstance(layer.weight, SparseAffineWeight)
+    other = rest.by_tile.dtype != entry_type(layer.weight, dtype)
+    by_row = rest.by_row is not None and (tokens <= ROWS_TOKENS or other)
     return None if by_row else rest.by_tile
 
 
@@ -227,14 +244,15 @@ def _problem(
     base: Packed, act: ActivationQuant | None, tokens: int, dtype: str, entry_words: int
 ) -> affine_matmul.Problem:
     table = isinstance(base, CodebookWeight)
-    return affine_matmul.Problem(
+    problem = affine_matmul.Problem(
         tokens=tokens,
         outputs=base.shape[0],
         inputs=base.shape[1],
         bits=base.bits,
         group_size=None if table else _group_size(base),
         has_zeros=not table and base.zeros is not None,
-        x_dtype=operand_of(base, dtype) if act is None else "int8",
+        x_dtype=dtype if act is None else "int8",
         scale_dtype="float32" if table else base.scales.dtype.name,
         entry_words=entry_words,
     )
+    return dataclasses.replace(problem, x_dtype=operand_of(base, problem))

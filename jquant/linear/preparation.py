@@ -24,6 +24,7 @@ from jquant.format.weights import (
 from jquant.linear import hopper
 from jquant.linear.choice import as_layer, running_dtype
 from pallas_kernels.activation_quantize import slot_columns
+from pallas_kernels.affine_matmul import fits_half
 from pallas_kernels.codebook_matmul import prepare_tables, rounded_tables
 from pallas_kernels.device import no_hopper, platform
 from pallas_kernels.sparse_matmul import EntryTiles, prepare_rows, prepare_tiles
@@ -69,6 +70,8 @@ def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
     sums = None
     if act is not None and not act.symmetric:  # offsets of activations meet the sums of the weight's rows
         sums = _row_sums(base)
+    if isinstance(base, AffineWeight) and act is None:
+        base = dataclasses.replace(base, fits_half=fits_half(base.scales.T, base.bits))
     base = with_layout(base, "fragments")
     if sums is not None:
         base = dataclasses.replace(base, row_sums=sums)
@@ -101,7 +104,7 @@ def _entry_tiles(base: AffineWeight | CodebookWeight, rest: SparseResidual, dtyp
         group = columns // base.group_size if isinstance(base, AffineWeight) else 0
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             values = values / scales[row, group]
-    kind = jnp.dtype(hopper.operand_of(base, name))
+    kind = jnp.dtype(hopper.entry_type(base, name))
     if not np.all(np.abs(values) <= float(jnp.finfo(kind).max)):
         return None
     return prepare_tiles(values, columns, pointer, base.shape[1], kind)

@@ -2,7 +2,7 @@
 
     W[n, k] = scales[g(k), n] * (codes[n, k] - zeros[g(k), n])          zeros None: 2**(bits - 1)
 
-    16-bit x:   y[m, n] = sum_k x[m, k] * W[n, k]                       float32 sums, weights exact
+    16-bit x:   y[m, n] = sum_k x[m, k] * W[n, k]  (* x_scales[m])       float32 sums, weights exact
     8-bit x:    y[m, n] = x_scales[m] * sum_k x[m, k] * W[n, k] + x_offsets[m] * row_sums[n],
                 row_sums[n] = sum_k W[n, k]; int32 sums within a group, exact
 
@@ -10,6 +10,9 @@ The same packed words serve all of them: `pallas_kernels.fragments`, order "pair
 The weights are decoded in registers, so the tensor core reads no decoded weight from memory (the idea of Marlin,
 arXiv 2408.11743, with `wgmma`, whose register operand they are: outputs are the rows of the product, tokens its
 columns, and few tokens waste nothing).
+
+With groups and more tokens than a warpgroup can keep group sums of, weights are scaled in the type of x, which rounds
+them: by 2**-9 in bfloat16, by 2**-12 in float16, for which few scales are too large or too small (`fits_half`).
 
 `affine_matmul` is the product, `supported` says whether a shape has it, `choose` which configuration it gets.
 """
@@ -19,13 +22,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.affine_matmul.choice import choose as choose
+from pallas_kernels.affine_matmul.choice import choose as choose, rounds_weights as rounds_weights
 from pallas_kernels.affine_matmul.config import (
     Config as Config,
     Problem as Problem,
     supported as supported,
     supported_config as supported_config,
 )
+from pallas_kernels.affine_matmul.half_range import fits_half as fits_half
 from pallas_kernels.affine_matmul.launch import check_entries, check_tokens, launch
 from pallas_kernels.fragments import fragments_shape
 from pallas_kernels.sparse_matmul import EntryTiles
@@ -51,9 +55,9 @@ def affine_matmul(
 
     x [M, K] bfloat16, float16, or int8 codes in slot order; words uint32 [ceil(N/64), ceil(K/64), bits, 128];
     scales [G, N] float32, bfloat16 or float16, zeros [G, N] whole numbers 0..255; G = ceil(K / group_size), 1 for
-    None. x_scales, x_offsets [M] or [M, 1] float32 and row_sums [N] float32 go with 8-bit x. entries, with 16-bit x:
-    sparse entries added to W, each divided by the scale of its place, of the type of x. Rows of `scales` and
-    `zeros` that are no multiple of 64 long are padded here, which copies them: pad them once beforehand.
+    None. x_offsets [M] or [M, 1] and row_sums [N] float32 go with 8-bit x, x_scales [M] or [M, 1] float32 with any.
+    entries, with 16-bit x: sparse entries added to W, each divided by the scale of its place, of the type of x. Rows of
+    `scales` and `zeros` of groups that are no multiple of 64 long are padded here, a copy: pad them once beforehand.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
     tokens, inputs = x.shape

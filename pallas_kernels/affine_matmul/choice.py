@@ -13,6 +13,12 @@ def choose(problem: Problem) -> Config:
     raise ValueError(f"no configuration computes {problem}")
 
 
+def rounds_weights(problem: Problem) -> bool:
+    """Whether the chosen configuration scales weights of groups in 16 bits. Zero points make a group of a whole row."""
+    grouped = problem.group_size is not None or problem.has_zeros
+    return grouped and problem.x_bytes == 2 and choose(problem).scale == "operand"
+
+
 def candidates(problem: Problem) -> list[Config]:
     """Configurations in order of preference; not all of them fit."""
     tokens = problem.tokens

@@ -11,8 +11,8 @@ The kernel is that of `pallas_kernels.affine_matmul` with another decoder: byte 
 (`pallas_kernels.codebook_matmul.decode`). Words: `pallas_kernels.fragments`, order "rows"; 8-bit x comes in
 `slot_order`. The non-uniform weights are those of SqueezeLLM (arXiv 2306.07629), whose kernel looks every one up in
 shared memory. Tables of int8 entries take fewer instructions a weight; beside 16-bit x their operand is float16, and
-bfloat16 x becomes float16 with an exact power of two a token first (`pallas_kernels.codebook_matmul.tokens`): here by
-XLA; callers with few tokens do it themselves by `half_rows`, in one launch, and give the powers as x_scales.
+bfloat16 x becomes float16 with an exact power of two a token first (`pallas_kernels.half_tokens`): here by XLA; callers
+with few tokens do it themselves by `half_rows`, in one launch, and give the powers as x_scales.
 """
 
 from typing import Any
@@ -26,9 +26,8 @@ from pallas_kernels.codebook_matmul.choice import choose as choose, supported as
 from pallas_kernels.codebook_matmul.decode import table_planes, table_words
 from pallas_kernels.codebook_matmul.rounding import rounded_tables as rounded_tables
 from pallas_kernels.codebook_matmul.tables import TableDecoder
-from pallas_kernels.codebook_matmul.token_rows import half_rows as half_rows, supported_rows as supported_rows
-from pallas_kernels.codebook_matmul.tokens import half_tokens as half_tokens
 from pallas_kernels.fragments import TILE, fragments_shape
+from pallas_kernels.half_tokens import half_tokens
 from pallas_kernels.sparse_matmul import EntryTiles
 
 

@@ -5,6 +5,7 @@ made and `hopper.product` passes on is judged by its numbers: every product of b
 arithmetic on the decoded weight, of which rounding the output takes 1.66e-3.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,13 +15,16 @@ import pytest
 
 from jquant.format.weights import (
     QuantizedLinear,
+    affine_weight,
     canonical,
     codebook_weight,
     dequantize,
     sparse_residual,
 )
 from jquant.linear import choose, hopper, preparation, prepare
+from pallas_kernels.affine_matmul import Problem, rounds_weights
 from pallas_kernels.fragments import unpack_fragments
+from pallas_kernels.half_tokens import half_tokens
 from pallas_kernels.sparse_matmul import prepare_tiles
 
 N, K = 200, 648
@@ -36,6 +40,27 @@ def _codebook_matmul(
     table = jnp.broadcast_to(table, (max(outputs, table.shape[0]), 2**bits))[:outputs]
     weight = jnp.take_along_axis(table, codes, axis=1)
     return _sum(x, weight, scales, more)
+
+
+def _affine_matmul(x: Any, words: Any, scales: Any, zeros: Any = None, *, bits: int, outputs: int, **more: Any) -> Any:
+    codes = unpack_fragments(words, bits, "pairs", (outputs, x.shape[1])).astype(jnp.float32)
+    size = more["group_size"] or x.shape[1]
+    group, row = np.arange(x.shape[1]) // size, slice(0, outputs)
+    offset = 2.0 ** (bits - 1) if zeros is None else zeros[group, row].T.astype(jnp.float32)
+    scale = scales[group, row].T.astype(jnp.float32)
+    weight = codes - offset
+    tokens, inputs = x.shape
+    kinds = x.dtype.name, scales.dtype.name
+    if rounds_weights(Problem(tokens, outputs, inputs, bits, more["group_size"], zeros is not None, *kinds)):
+        weight = _rounded(_rounded(scale, x.dtype) * weight, x.dtype)
+    else:
+        weight = scale * weight
+    assert weight.shape == (outputs, x.shape[1])
+    return _sum(x, weight, None, more)
+
+
+def _rounded(values: Any, dtype: Any) -> Any:
+    return jax.lax.optimization_barrier(values.astype(dtype)).astype(jnp.float32)
 
 
 def _sum(x: Any, weight: Any, scales: Any, more: dict[str, Any]) -> Any:
@@ -61,6 +86,8 @@ def kernels_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "no_hopper", lambda: None)
     monkeypatch.setattr(preparation, "platform", lambda: "gpu")
     monkeypatch.setattr(hopper.codebook_matmul, "codebook_matmul", _codebook_matmul)
+    monkeypatch.setattr(hopper.affine_matmul, "affine_matmul", _affine_matmul)
+    monkeypatch.setattr(hopper.half_tokens, "convert", half_tokens)
 
 
 def _error(w: Any, tokens: int, dtype: Any = jnp.bfloat16) -> float:
@@ -81,7 +108,8 @@ def test_tables_of_float16_lose_little_beside_bfloat16(bits: int, rows: int, sca
     assert _error(ready, tokens, jnp.float16) <= 3e-4  # entries are exact, and so are the scales beside them
     assert ready.table_scales.shape == (N,) and ready.table_scales.dtype == jnp.float32
     assert hopper.table_scales(ready, "float16") is ready.scales
-    assert canonical(ready).table_scales is None and canonical(ready).tables is None
+    stored: Any = canonical(ready)
+    assert stored.table_scales is None and stored.tables is None
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -95,10 +123,68 @@ def test_entries_are_in_the_units_of_the_table_that_they_meet(scaled: bool, runn
     scales = hopper.table_scales(ready.weight, running.__name__)
     own = np.asarray(rest.values, np.float32)
     if scales is not None:
-        row = np.repeat(np.arange(N), np.diff(np.asarray(rest.row_pointer)))
+        row = np.repeat(np.arange(N), np.diff(np.asarray(rest.row_pointer, np.int64)))
         own = own / np.asarray(scales, np.float32)[row]
     expected = prepare_tiles(own, np.asarray(rest.columns), np.asarray(rest.row_pointer), K, running)
     assert rest.by_tile.dtype == expected.dtype
     np.testing.assert_array_equal(rest.by_tile.slots, expected.slots)
     if running == jnp.bfloat16:
         assert np.any(np.asarray(ready.weight.table_scales) != np.asarray(1 if not scaled else ready.weight.scales))
+
+
+def _affine(bits: int, size: int | None, symmetric: bool, dtype: Any = jnp.float16, scale: float = 1.0) -> Any:
+    rng = np.random.default_rng(bits)
+    codes = jnp.asarray(rng.integers(0, 2**bits, (N, K), dtype=np.uint8))
+    groups = (N, 1 if size is None else -(-K // size))
+    zeros = None if symmetric else jnp.asarray(rng.integers(0, 2**bits, groups, dtype=np.uint8))
+    scales = jnp.asarray(rng.uniform(0.5, 1.5, groups) * scale, dtype)
+    return affine_weight(codes, scales, zeros, bits, size, "in")
+
+
+@pytest.mark.parametrize("tokens", [5, 128, 129])
+@pytest.mark.parametrize(
+    ("bits", "size", "symmetric"), [(4, 128, True), (4, 64, False), (3, 64, True), (2, 64, False), (8, None, False)]
+)
+def test_groups_lose_little_however_many_tokens_there_are(
+    bits: int, size: int | None, symmetric: bool, tokens: int
+) -> None:
+    ready = prepare(_affine(bits, size, symmetric))
+    assert _error(ready, tokens) <= 2e-3
+    assert ("bfloat16 as float16" in choose(ready, tokens).reason) == (tokens > 128)
+    stored: Any = canonical(ready)
+    assert stored.fits_half is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "fits"),
+    [
+        (jnp.float16, 2.0**-22, True),  # subnormal: products are whole numbers of 2**-24
+        (jnp.float16, 2.0**12, False),  # products overflow
+        (jnp.bfloat16, 2.0**-4, True),
+        (jnp.bfloat16, 2.0**-20, False),
+        (jnp.float32, 2.0**-4, True),
+        (jnp.float32, 2.0**20, False),
+    ],
+)
+def test_weights_out_of_the_range_of_float16_stay_bfloat16(dtype: Any, scale: float, fits: bool) -> None:
+    ready = prepare(_affine(4, 64, True, dtype, scale))
+    assert ready.fits_half == fits
+    assert ("as float16" in choose(ready, 200).reason) == fits
+    assert _error(ready, 200) <= (2e-3 if fits else 3.2e-3)
+
+
+def test_whole_rows_and_float16_tokens_stay_what_they_are() -> None:
+    assert "as float16" not in choose(prepare(_affine(4, None, True)), 200).reason
+    assert "as float16" not in choose(prepare(_affine(4, 64, True)), 200, dtype=jnp.float16).reason
+
+
+def test_entries_inside_the_product_keep_their_type() -> None:
+    mask = jnp.asarray(np.random.default_rng(0).random((N, K)) < 0.01)
+    values = jnp.asarray(np.random.default_rng(1).normal(size=(N, K)), jnp.float32)
+    layer = QuantizedLinear(_affine(4, 64, True), residual=sparse_residual(mask, values, jnp.float16))
+    ready = prepare(layer)
+    reason = choose(ready, 200).reason
+    assert ready.residual.by_tile.dtype == "bfloat16"
+    assert "added to the weights" in reason and "as float16" not in reason
+    beside = dataclasses.replace(ready, residual=dataclasses.replace(ready.residual, by_tile=None))
+    assert "by row" in choose(beside, 200).reason and "as float16" in choose(beside, 200).reason

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.affine_matmul.config import Config, Problem, supported_config
-from pallas_kernels.codebook_matmul import codebook_matmul, half_rows, prepare_tables, supported_rows
+from pallas_kernels.codebook_matmul import codebook_matmul, prepare_tables
 from pallas_kernels.codebook_matmul.choice import candidates, choose, estimate, supported
-from pallas_kernels.codebook_matmul.tokens import half_tokens
 from pallas_kernels.fragments import fragments_shape, pack_fragments, slot_order
 
 TYPES = [("bfloat16", "bfloat16"), ("float16", "float16"), ("int8", "int8"), ("bfloat16", "int8"), ("float16", "int8")]
@@ -116,31 +115,6 @@ def test_product_is_that_of_the_looked_up_matrix(bits: int, x_dtype: str, entry:
             assert np.all(error <= tolerance * terms), (config, multiplier, float((error / terms).max()))
 
 
-def test_bfloat16_tokens_become_float16_ones_of_a_power_of_two_exactly() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(40, 33)) * 2.0 ** rng.integers(-8, 8, (40, 33)) * 2.0 ** rng.integers(-80, 80, (40, 1))
-    x = np.concatenate([x, np.zeros((1, 33)), np.full((1, 33), 3.38e38), np.full((1, 33), 1.2e-38)])
-    x = jnp.asarray(x, jnp.bfloat16)
-    half, scales = jax.jit(half_tokens)(x)
-    for kernel, specified in zip(half_rows(x, interpret=True), (half, scales), strict=True):
-        np.testing.assert_array_equal(kernel, specified)
-    exact = np.asarray(x, np.float64)
-    assert half.dtype == jnp.float16 and scales.shape == (43,)
-    np.testing.assert_array_equal(np.asarray(half, np.float64) * np.asarray(scales, np.float64)[:, None], exact)
-    assert np.all(np.exp2(np.round(np.log2(scales))) == scales)
-    largest = np.abs(np.asarray(half, np.float64)).max(1)[:40]
-    assert np.all((largest >= 2**14) & (largest < 2**15))
-    # what is far below a token's largest is rounded, by less than 2**-39 of it
-    wide = jnp.asarray([[1.9, 1.9 * 2.0**-31, 1.7 * 2.0**-36, 2.0**-60]], jnp.bfloat16)
-    half, scales = half_tokens(wide)
-    error = np.abs(np.asarray(half, np.float64) * float(scales[0]) - np.asarray(wide, np.float64))
-    assert error[0, 1] == 0 and np.all(error < 1.9 * 2.0**-39)
-    odd = jnp.asarray([[np.inf, 1.0, 0.0], [np.nan, 1.0, 0.0], [1.0, 2.0, 4.0]], jnp.bfloat16)
-    half, scales = half_tokens(odd)
-    assert np.isinf(half[0, 0]) and np.isnan(half[1, 0]) and np.all(np.isfinite(half[2])) and np.all(scales > 0)
-    assert np.all(np.isfinite(half[:, 1:])) and np.all(np.isfinite(scales))
-
-
 def test_a_choice_fits_and_is_the_best_estimate() -> None:
     for bits in (2, 3, 4):
         for x_dtype in ("bfloat16", "int8"):
@@ -164,11 +138,6 @@ def test_what_has_no_kernel_is_said() -> None:
     }
     for sentence, problem in reasons.items():
         assert sentence in str(supported(problem))
-    assert supported_rows(3, 128, jnp.bfloat16) is None
-    assert "K=40000 exceeds" in str(supported_rows(3, 40000, jnp.bfloat16))
-    assert "not bfloat16" in str(supported_rows(3, 128, jnp.float16))
-    with pytest.raises(ValueError, match="are none"):
-        half_rows(jnp.zeros((0, 64), jnp.bfloat16))
 
 
 def test_bad_arguments_say_what_was_expected() -> None:

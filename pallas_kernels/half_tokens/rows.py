@@ -1,4 +1,4 @@
-"""`tokens.half_tokens` in one launch, a token in registers; the Triton backend of Pallas.
+"""`xla.half_tokens` in one launch, a token in registers; the Triton backend of Pallas.
 
 Beside a product of one token, which takes some 35 us, every further launch counts: XLA makes three of this.
 """
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.codebook_matmul.tokens import magnitudes, powers
+from pallas_kernels.half_tokens.xla import magnitudes, powers
 from pallas_kernels.token_in_registers import load_token, warps_of
 
 LARGEST_K = 32768
@@ -26,7 +26,7 @@ def supported_rows(tokens: int, columns: int, dtype: jax.typing.DTypeLike) -> st
 
 
 def half_rows(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """(float16 [M, K], scales float32 [M]) of x [M, K] bfloat16, bit for bit those of `tokens.half_tokens`.
+    """(float16 [M, K], scales float32 [M]) of x [M, K] bfloat16, bit for bit those of `xla.half_tokens`.
 
     ValueError with the reason where `supported_rows` has one.
     """

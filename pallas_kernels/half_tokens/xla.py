@@ -1,10 +1,10 @@
-"""bfloat16 tokens as float16 tokens with a scale each that is a power of two, for tables of int8 entries.
+"""bfloat16 tokens as float16 tokens with a scale each that is a power of two.
 
     x[m, k] ~ scales[m] * half[m, k],    2**14 <= max_k |half[m, k]| < 2**15
 
 float16 has more mantissa than bfloat16 and less range, so nothing is rounded but what is 2**-31 of a token's largest
 value or less, and of that nothing changes by more than 2**-39 of the largest: far below the rounding of a float32 sum.
-Infinities and NaN stay what they are. Products with entries below 2**7 stay below 2**22.
+Infinities and NaN stay what they are. Products with 16-bit weights have room in a float32 sum.
 """
 
 import jax
