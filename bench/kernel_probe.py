@@ -6,7 +6,7 @@ process. A kernel that hangs or faults takes its process with it, so a second pr
 starts it again behind the row that failed. `--dry` does everything but running kernels.
 
 `--more` and `--tables` are other kinds of weights. Of tables of int8 entries, bfloat16 rows contain the launch that
-makes their tokens float16, and float16 rows show the product alone.
+makes their tokens float16, or the only token three of int8, and float16 rows show the product of float16 alone.
 """
 
 import argparse
@@ -85,8 +85,15 @@ class Row:
         return f"{self.kind.name} M={self.m} N={self.n} K={self.k} {blocks} /{c.splits} st {c.stages} {c.scale}"
 
 
+def in_pieces(row: Row) -> bool:
+    """Whether the token is multiplied as three of int8."""
+    return row.m == 1 and row.kind.x == "bfloat16" and row.kind.entry == "int8"
+
+
 def problem_of(row: Row) -> affine.Problem:
     kind = row.kind
+    if in_pieces(row):
+        return affine.Problem(1, row.n, row.k, kind.bits, None, False, "int8", "float32", pieces=codebook.PIECES)
     scales = "bfloat16" if kind.entry is None else "float32"
     return affine.Problem(row.m, row.n, row.k, kind.bits, kind.group_size, kind.zeros, kind.x, scales)
 
@@ -252,7 +259,10 @@ class Bench:
             if kind.entry is None:
                 return affine.affine_matmul(**inputs, **arrays, **static, group_size=kind.group_size)
             arrays = {name: array for name, array in arrays.items() if name != "codebook"}
-            if kind.entry == "int8" and kind.x == "bfloat16":
+            if in_pieces(row):
+                pieces, x_scales = codebook.split_row(inputs["x"])
+                inputs, static["pieces"] = {"x": pieces, "x_scales": x_scales}, codebook.PIECES
+            elif kind.entry == "int8" and kind.x == "bfloat16":
                 half, powers = half_rows(inputs["x"])
                 inputs = {"x": half, "x_scales": powers}
             return codebook.codebook_matmul(**inputs, **arrays, **static)

@@ -62,7 +62,8 @@ class Config:
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """Static facts of one product. x_dtype "bfloat16", "float16" or "int8"; group_size None: whole rows; entry_words:
-    words of sparse entries a block of 64 x 128 weights, 0 if there are none."""
+    words of sparse entries a block of 64 x 128 weights, 0 if there are none; pieces: rows of x that are the only token
+    in parts, whose scaled products are added, or 1: every row is a token."""
 
     tokens: int
     outputs: int
@@ -73,6 +74,7 @@ class Problem:
     x_dtype: str
     scale_dtype: str
     entry_words: int = 0
+    pieces: int = 1
 
     @property
     def x_bytes(self) -> int:

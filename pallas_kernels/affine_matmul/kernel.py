@@ -41,6 +41,7 @@ def affine_kernel(
     """Runs the kernel: [splits, M, N]. `arrays` as in `pallas_kernels.affine_matmul.affine_matmul`, padded:
 
     words [N/64, K/64, bits, 128]; x [M, K] with K a multiple of 64 (8 bits: 128) and M < 8 or a multiple of 8;
+    x and x_scales of a token in pieces have a row each of them;
     scales, zeros [G, N] with N a multiple of 64; row_scales [N] of 16 or 32 bits; row_sums [N], x_scales and
     x_offsets [M] float32; slots, overflow of sparse entries.
     """

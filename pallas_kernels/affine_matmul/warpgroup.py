@@ -13,7 +13,8 @@ in flight reads operand registers that nothing protects across a turn of the loo
 
 Sparse entries are added to the decoded weights, in their units: before a scale is multiplied, wherever that is. For one
 token they are multiplied by its inputs apart: every thread sums its own, in registers that otherwise belong to tokens
-past the end, and those of the four threads that share rows are added before they are stored.
+past the end, and those of the four threads that share rows are added before they are stored. So are the products of
+the only token's pieces, once each has its scale.
 """
 
 import functools
@@ -246,7 +247,8 @@ def store_block(
 
     dtypes: of the arrays there are; factor: how many times the weight an 8-bit operand is.
 
-    y[m, n] = sum * row_scales[n] * x_scales[m] + x_offsets[m] * row_sums[n], the factors that there are.
+    y[m, n] = sum * row_scales[n] * x_scales[m] + x_offsets[m] * row_sums[n], the factors that there are;
+    of a token in pieces, y[0, n] = sum over j of sums[j] * row_scales[n] * x_scales[j].
     """
     epilogue = {name: dtypes[name] for name in ("row_scales", "x_scales", "x_offsets", "row_sums") if name in dtypes}
     count = config.block_m // 2
@@ -289,7 +291,7 @@ def _store(
     values = [ops.to_float(v) if v.type == compat.i32() else v for v in sums]
     if problem.multiplies_entries:
         values[0], values[2] = ops.sum_of_four(values[0]), ops.sum_of_four(values[2])
-    last_row, last_token = constant(problem.outputs - 1), constant(problem.tokens - 1)
+    last_row, last_token = constant(problem.outputs - 1), constant(problem.tokens * problem.pieces - 1)
 
     def entry(name: str, index: Value, last: Value) -> Value:
         return ops.load_float(bases[name], arith.minui(index, last), dtypes[name])
@@ -301,7 +303,9 @@ def _store(
             inverse = ops.float_constant(1.0 / factor)
             row_scales = [ops.multiply(scale, inverse) for scale in row_scales]
     row_sums = [entry("row_sums", row, last_row) for row in rows] if "row_sums" in bases else None
-    for j in range(config.block_m // 8):
+    sizes = (problem.tokens, problem.outputs)
+    pieces: list[list[Value]] = [[], []]  # of rows r0 and r1
+    for j in range(1 if problem.pieces > 1 else config.block_m // 8):
         for e in range(2):
             token = arith.addi(token0, constant(8 * j + e))
             scale = entry("x_scales", token, last_token) if "x_scales" in bases else None
@@ -314,4 +318,11 @@ def _store(
                     value = ops.multiply(value, scale)
                 if offset is not None and row_sums is not None:
                     value = ops.multiply_add(offset, row_sums[h], value)
-                ops.store_output(bases["out"], value, (split, token, row), (problem.tokens, problem.outputs), dtype)
+                if problem.pieces > 1:
+                    pieces[h].append(value)
+                else:
+                    ops.store_output(bases["out"], value, (split, token, row), sizes, dtype)
+    for row, parts in zip(rows, pieces, strict=True):
+        if parts:  # columns beyond the pieces are zero
+            total = ops.sum_of_four(arith.addf(*parts))
+            ops.store_output(bases["out"], total, (split, token0, row), sizes, dtype)

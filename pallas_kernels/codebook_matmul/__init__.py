@@ -6,13 +6,17 @@
                                                                         tables of 16 bits an entry, or int8
     8-bit x:    y[m, n] = x_scales[m] * sum_k x[m, k] * W[n, k] + x_offsets[m] * row_sums[n],
                 row_sums[n] = sum_k W[n, k]; the codebook is int8 and its int32 sum exact
+    one token in pieces:
+                y[0, n] = sum_j x_scales[j] * sum_k x[j, k] * W[n, k], as 8-bit x of three rows
 
 The kernel is that of `pallas_kernels.affine_matmul` with another decoder: byte look-ups in registers
 (`pallas_kernels.codebook_matmul.decode`). Words: `pallas_kernels.fragments`, order "rows"; 8-bit x comes in
 `slot_order`. The non-uniform weights are those of SqueezeLLM (arXiv 2306.07629), whose kernel looks every one up in
 shared memory. Tables of int8 entries take fewer instructions a weight; beside 16-bit x their operand is float16, and
 bfloat16 x becomes float16 with an exact power of two a token first (`pallas_kernels.half_tokens`): here by XLA; callers
-with few tokens do it themselves by `half_rows`, in one launch, and give the powers as x_scales.
+with few tokens do it themselves by `half_rows`, in one launch, and give the powers as x_scales. Of one token they make
+int8 pieces instead (`split_row`, `pallas_kernels.codebook_matmul.token_pieces`): 1.38 instructions of the integer pipe
+a weight of 4 bits, where float16 takes 1.88.
 """
 
 from typing import Any
@@ -26,6 +30,12 @@ from pallas_kernels.codebook_matmul.choice import choose as choose, supported as
 from pallas_kernels.codebook_matmul.decode import table_planes, table_words
 from pallas_kernels.codebook_matmul.rounding import rounded_tables as rounded_tables
 from pallas_kernels.codebook_matmul.tables import TableDecoder
+from pallas_kernels.codebook_matmul.token_pieces import (
+    PIECES as PIECES,
+    split_row as split_row,
+    split_token as split_token,
+    supported_pieces as supported_pieces,
+)
 from pallas_kernels.fragments import TILE, fragments_shape
 from pallas_kernels.half_tokens import half_tokens
 from pallas_kernels.sparse_matmul import EntryTiles
@@ -57,6 +67,7 @@ def codebook_matmul(
     x_offsets: jax.Array | None = None,
     row_sums: jax.Array | None = None,
     entries: EntryTiles | None = None,
+    pieces: int = 1,
     out_dtype: Any = None,
     config: Config | None = None,
     multiplier: bool | None = None,
@@ -67,18 +78,24 @@ def codebook_matmul(
     from `prepare_tables`, of the dtype of x or of int8; scales [N] of 16 or 32 bits. x_offsets [M] or [M, 1] and
     row_sums [N] go with 8-bit x, x_scales [M] or [M, 1] with any. entries, with 16-bit x: sparse entries added to the
     looked-up weights, so divided by the scale of their row, of the type of x, or of float16 beside int8 tables.
+    pieces: rows of 8-bit x that are one token, from `split_row` with its scales as x_scales; M is 1 then, and x may be
+    padded with zeros to a multiple of 128. 1: every row is a token.
     multiplier: shift selectors by multiplications; None decides by the number of tokens.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
-    tokens, inputs = x.shape
-    entry_bytes = _check(x, words, tables, scales, bits, outputs)
-    check_tokens(tokens, outputs, x_scales, x_offsets, row_sums)
+    rows, inputs = x.shape
+    if pieces > 1:
+        _check_pieces(x, pieces, x_scales, x_offsets)
+        inputs -= TILE if inputs == TILE * (words.shape[1] + 1) else 0
+    tokens = rows // pieces
+    entry_bytes = _check(x.dtype, inputs, words, tables, scales, bits, outputs)
+    check_tokens(rows, outputs, x_scales, x_offsets, row_sums)
     out_dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype))
     if x.dtype == jnp.bfloat16 and entry_bytes == 1:
         x, powers = half_tokens(x)
         x_scales = powers if x_scales is None else powers * x_scales.reshape(-1).astype(jnp.float32)
     words_each = check_entries(entries, outputs, x)
-    problem = Problem(tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32", words_each)
+    problem = Problem(tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32", words_each, pieces)
     if reason := supported(problem):
         raise ValueError(f"no codebook kernel: {reason}")
     config = choose(problem, entry_bytes) if config is None else config
@@ -95,19 +112,36 @@ def codebook_matmul(
     return launch(problem, config, x, weight, x_scales, x_offsets, row_sums, out_dtype, decoder)
 
 
-def _check(x: jax.Array, words: jax.Array, tables: jax.Array, scales: jax.Array | None, bits: int, outputs: int) -> int:
+def _check_pieces(x: jax.Array, pieces: int, x_scales: jax.Array | None, x_offsets: jax.Array | None) -> None:
+    """ValueError unless x is one token in so many pieces."""
+    if x.dtype != jnp.int8 or x.shape[0] != pieces or x_scales is None or x_offsets is not None:
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)}; expected int8 [{pieces}, K], a token in {pieces} pieces, with x_scales "
+            "and without x_offsets"
+        )
+
+
+def _check(
+    x_dtype: Any,
+    inputs: int,
+    words: jax.Array,
+    tables: jax.Array,
+    scales: jax.Array | None,
+    bits: int,
+    outputs: int,
+) -> int:
     """Bytes of a table's entry; ValueError for shapes that disagree."""
-    shapes = [("words", words, fragments_shape((outputs, x.shape[1]), bits)), ("scales", scales, (outputs,))]
+    shapes = [("words", words, fragments_shape((outputs, inputs), bits)), ("scales", scales, (outputs,))]
     for name, array, shape in shapes:
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {list(array.shape)}; expected {list(shape)}")
     padded = -(-outputs // TILE) * TILE
-    for entry_bytes in sorted({1, x.dtype.itemsize}):
+    for entry_bytes in sorted({1, x_dtype.itemsize}):
         planes = table_words(bits, entry_bytes)
         if tables.shape in ((planes, 1), (planes, padded)):
             return entry_bytes
-    planes = table_words(bits, x.dtype.itemsize)
+    planes = table_words(bits, x_dtype.itemsize)
     raise ValueError(
         f"tables have shape {list(tables.shape)}; expected [{planes}, 1] or [{planes}, {padded}], what "
-        f"prepare_tables gives for {x.dtype.name}, or [{table_words(bits, 1)}, ...] of int8 entries"
+        f"prepare_tables gives for {x_dtype.name}, or [{table_words(bits, 1)}, ...] of int8 entries"
     )

@@ -44,6 +44,9 @@ def supported(problem: Problem) -> str | None:
         return f"activations are {problem.x_dtype}; expected bfloat16, float16 or int8"
     if problem.inputs < 1 or problem.outputs < 1 or problem.tokens < 1:
         return f"nothing to multiply: M={problem.tokens}, N={problem.outputs}, K={problem.inputs}"
+    if problem.pieces > 1 and (problem.tokens > 1 or problem.x_dtype != "int8" or problem.pieces > 8):
+        return f"{problem.pieces} pieces of {problem.tokens} {problem.x_dtype} tokens; expected 8 of one, int8, at most"
+    # of pieces too: every one has sums of its own, and they are added as float32
     if problem.x_dtype == "int8" and problem.inputs > LONGEST_SUM:
         return f"K={problem.inputs} products of 8 bits may exceed int32; expected at most {LONGEST_SUM}"
     return None

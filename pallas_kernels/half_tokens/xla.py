@@ -30,9 +30,9 @@ def powers(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(what tokens are multiplied by, its inverse), float32, from the largest of their `magnitudes`."""
     # Both powers have to be normal numbers. What is that small fits anyway; infinity and NaN take any power.
     exponent = jnp.clip(jax.lax.shift_right_logical(largest, jnp.full_like(largest, _MANTISSA)), _PEAK + 2, 2 * _BIAS)
-    return _power(_PEAK + 2 * _BIAS - exponent), _power(exponent - _PEAK)
+    return power(_PEAK + 2 * _BIAS - exponent), power(exponent - _PEAK)
 
 
-def _power(exponent: jax.Array) -> jax.Array:
+def power(exponent: jax.Array) -> jax.Array:
     """2**(exponent - 127), float32, for exponents from 1 to 254."""
     return jax.lax.bitcast_convert_type(exponent * 2**_MANTISSA, jnp.float32)

@@ -82,6 +82,7 @@ LAYERS = {
     "w4-codebook": _codebook(4),
     "w4-codebook of one row": _codebook(4, 1),
     "w4-codebook-int8": _int8_table(4),
+    "w3-codebook-int8 of one row": _int8_table(3, rows=1),
     "w3a8-codebook-shared-int8": _int8_table(3, ActivationQuant(None, None, 8), 1),
     "w4a8-codebook-int8-actsym": _int8_table(4, ActivationQuant(None, None, 8, symmetric=True)),
     "w4a8-g64": QuantizedLinear(_affine(4, 64, symmetric=True), activation=ActivationQuant(None, None, 8)),
@@ -122,12 +123,33 @@ def test_prepared_layers_lower_to_a_kernel_and_keep_their_meaning(name: str) -> 
         program = lower_for_gpu(linear, x, ready)
         assert "mosaic_gpu" in program
         inside = "+s2%" in name and "zero scales" not in name
-        # int8 tables beside bfloat16, or weights of groups that are rounded: a kernel that makes it float16
-        beside = name.startswith("w4-codebook-int8") or (tokens > 128 and name in GROUPED and not inside)
+        # int8 tables beside bfloat16, or weights of groups that are rounded: a kernel that makes it float16, or of one
+        # token pieces of int8
+        beside = name.startswith(("w4-codebook-int8", "w3-codebook-int8"))
+        beside |= tokens > 128 and name in GROUPED and not inside
         if isinstance(w, QuantizedLinear):
             by_row = w.residual is not None and (tokens <= hopper.ROWS_TOKENS or "zero scales" in name)
             beside = (w.activation is not None) + by_row + beside
         assert count_kernels(program) == int(beside)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_one_token_is_split_beside_int8_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = prepare(LAYERS["w4-codebook-int8"])
+    for dtype in (jnp.bfloat16, jnp.float16):
+        assert "in 3 pieces of 8 bits" in choose(ready, 1, dtype=dtype).reason
+        assert "pieces" not in choose(ready, 2, dtype=dtype).reason
+        program = lower_for_gpu(linear, jax.ShapeDtypeStruct((1, K), dtype), ready)
+        assert count_kernels(program) == program.count('name = "split_row"') == 1 and "mosaic_gpu" in program
+    assert "pieces" not in choose(prepare(LAYERS["w4-codebook"]), 1).reason
+    assert "pieces" not in choose(prepare(LAYERS["w4a8-codebook-int8-actsym"]), 1).reason
+    # entries of their own product leave the base's to pieces; in one product they need 16-bit operands
+    assert "pieces" in choose(prepare(LAYERS["w4-codebook-int8+s2%"]), 1).reason
+    monkeypatch.setattr(hopper, "ROWS_TOKENS", 0)
+    ready = prepare(LAYERS["w4-codebook-int8+s2%"])
+    assert "pieces" not in choose(ready, 1).reason and "added to the weights" in choose(ready, 1).reason
+    program = lower_for_gpu(linear, jax.ShapeDtypeStruct((1, K), jnp.bfloat16), ready)
+    assert count_kernels(program) == program.count('name = "half_rows"') == 1
 
 
 @pytest.mark.usefixtures("on_hopper")
