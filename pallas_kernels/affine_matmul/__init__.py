@@ -4,7 +4,7 @@
 
     16-bit x:   y[m, n] = sum_k x[m, k] * W[n, k]  (* x_scales[m])       float32 sums, weights exact
     8-bit x:    y[m, n] = x_scales[m] * sum_k x[m, k] * W[n, k] + x_offsets[m] * row_sums[n],
-                row_sums[n] = sum_k W[n, k]; int32 sums within a group, exact
+                row_sums[n] = sum_k W[n, k]; sums of codes are exact, and scaled in float32
 
 The same packed words serve all of them: `pallas_kernels.fragments`, order "pairs"; 8-bit x comes in `slot_order`.
 The weights are decoded in registers, so the tensor core reads no decoded weight from memory (the idea of Marlin,
@@ -55,9 +55,10 @@ def affine_matmul(
 
     x [M, K] bfloat16, float16, or int8 codes in slot order; words uint32 [ceil(N/64), ceil(K/64), bits, 128];
     scales [G, N] float32, bfloat16 or float16, zeros [G, N] whole numbers 0..255; G = ceil(K / group_size), 1 for
-    None. x_offsets [M] or [M, 1] and row_sums [N] float32 go with 8-bit x, x_scales [M] or [M, 1] float32 with any.
-    entries, with 16-bit x: sparse entries added to W, each divided by the scale of its place, of the type of x. Rows of
-    `scales` and `zeros` of groups that are no multiple of 64 long are padded here, a copy: pad them once beforehand.
+    None. With 8-bit x, zeros are at most 2**bits and scales of groups below 2**27. x_offsets [M] or [M, 1] and row_sums
+    [N] float32 go with 8-bit x, x_scales [M] or [M, 1] float32 with any. entries, with 16-bit x: sparse entries added
+    to W, each divided by the scale of its place, of the type of x. Rows of `scales` and `zeros` of groups that are no
+    multiple of 64 long are padded here, a copy: pad them once beforehand.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
     tokens, inputs = x.shape

@@ -14,15 +14,16 @@ SHARED_MEMORY = 227 * 1024
 _REGISTERS = 65536  # of a multiprocessor
 _OTHER_REGISTERS = 72  # words, fragments of two tiles, addresses
 MOST_WARPGROUPS = 5
+SEGMENT = 512  # inputs of a warpgroup after which running sums start anew
 
 ScaleWhere = Literal["sum", "operand"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """scale: where the scale of a group is multiplied. "sum": every group is summed by itself in float32 (or int32) and
-    the sum is scaled, exact weights; "operand": the weight is scaled in 16 bits, which rounds it, and costs fewer
-    registers. Whole-row scales are multiplied at the end in either case."""
+    """scale: where the scale of a group is multiplied. "sum": the sums of a group are scaled, exact weights; "operand":
+    the weight is scaled in 16 bits, which rounds it, and costs fewer registers. Whole-row scales are multiplied at the
+    end in either case."""
 
     block_m: int
     block_k: int
@@ -122,6 +123,8 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return f"block_k={config.block_k} and group_size={group}: neither is a multiple of the other"
     if group is not None and (per_warpgroup % group and group % per_warpgroup):
         return f"{per_warpgroup} inputs a warpgroup and group_size={group}: neither is a multiple of the other"
+    if runs_on(problem) and SEGMENT % per_warpgroup:
+        return f"{per_warpgroup} inputs a warpgroup do not divide the {SEGMENT} after which running sums start anew"
     if config.scale == "operand" and problem.x_dtype == "int8":
         return "an 8-bit operand cannot hold a scaled weight"
     if config.cluster not in (1, 2) or config.blocks % config.cluster:
@@ -140,9 +143,14 @@ def supported_config(problem: Problem, config: Config) -> str | None:
     return None
 
 
+def runs_on(problem: Problem) -> bool:
+    """Whether sums run on over groups: those of 8-bit operands, which are integers."""
+    return problem.group_size is not None and problem.x_dtype == "int8"
+
+
 def sums_groups(problem: Problem, config: Config) -> bool:
     """Whether every group has sums of its own."""
-    return problem.group_size is not None and config.scale == "sum"
+    return problem.group_size is not None and config.scale == "sum" and not runs_on(problem)
 
 
 def sums_in_flight(config: Config) -> int:
@@ -153,6 +161,8 @@ def sums_in_flight(config: Config) -> int:
 def accumulators(problem: Problem, config: Config) -> int:
     """Registers of a thread that hold sums."""
     own = config.block_m // 2
+    if runs_on(problem):
+        return 2 * own + 2  # and the scales of two rows
     return own * (1 + sums_in_flight(config)) if sums_groups(problem, config) else own
 
 

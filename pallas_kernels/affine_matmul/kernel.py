@@ -27,7 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.affine_matmul.config import Config, Problem, sums_groups
+from pallas_kernels.affine_matmul import running_sums
+from pallas_kernels.affine_matmul.config import Config, Problem, runs_on
 from pallas_kernels.affine_matmul.parts import Rounds, add_parts, add_shares, leave_together, parts_scratch
 from pallas_kernels.affine_matmul.register_decode import byte_factor
 from pallas_kernels.affine_matmul.warpgroup import Decoder, store_block, warpgroup_step
@@ -53,7 +54,7 @@ def affine_kernel(
     scratch["full"] = plgpu.Barrier(num_arrivals=len(stage), num_barriers=config.stages)
     scratch["empty"] = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
     sums = config.block_m // 2
-    kind = jnp.int32 if problem.x_dtype == "int8" and not sums_groups(problem, config) else jnp.float32
+    kind = jnp.int32 if problem.x_dtype == "int8" and not runs_on(problem) else jnp.float32
     scratch |= parts_scratch(config, sums, kind)
 
     def body(*refs: Any, **shared: Any) -> None:
@@ -99,9 +100,12 @@ def _body(
     column_blocks = -(-problem.tokens // config.block_m)
     row_blocks = -(-problem.outputs // config.rows)
     steps: Any = -(-problem.inputs // (config.block_k * config.splits))
-    shared_steps = -(-steps // config.cluster)
-    if steps == 1:  # Mosaic fails on the registers that a loop carries once it knows that there is one turn
-        steps = shared_steps = jnp.where(cluster >= 0, jnp.int32(1), jnp.int32(0))
+    one = jnp.where(cluster >= 0, jnp.int32(1), jnp.int32(0))
+    # stages of a block alone and of one that is shared; Mosaic fails on the registers that a loop carries once it knows
+    # that there is one turn
+    stages = [steps, -(-steps // config.cluster)]
+    segments = [running_sums.segments(config, count) if runs_on(problem) else 0 for count in stages]
+    stages, segments = ([one if turns == 1 else turns for turns in each] for each in (stages, segments))
     rounds = Rounds(row_blocks * column_blocks * config.splits, config.cluster, config.blocks)
     mine = rounds.count(cluster)
     copying, computing = config.registers()
@@ -114,12 +118,12 @@ def _body(
         pair = lax.div(item, jnp.int32(config.splits))
         return lax.div(pair, jnp.int32(column_blocks)), lax.rem(pair, jnp.int32(column_blocks)), split, is_shared
 
-    def inputs_of(split: jax.Array, is_shared: Any) -> tuple[Any, Any]:
-        """The first stage of a CTA's inputs, and how many there are."""
+    def inputs_of(split: jax.Array, is_shared: Any) -> tuple[Any, Any, Any]:
+        """The first stage of a CTA's inputs, how many there are, and in how many segments."""
         if config.cluster == 1:
-            return split * steps, steps
-        first = split * steps + jnp.where(is_shared, rank * shared_steps, 0)
-        return first, jnp.where(is_shared, shared_steps, steps)
+            return split * stages[0], stages[0], segments[0]
+        count, turns = (jnp.where(is_shared, shared, alone) for alone, shared in (stages, segments))
+        return jnp.where(is_shared, rank * stages[1], 0), count, turns
 
     @pl.when(warpgroup == config.warpgroups)
     def _copy() -> None:
@@ -128,7 +132,7 @@ def _body(
 
         def item(index: jax.Array, done: jax.Array) -> jax.Array:
             row, column, split, is_shared = place(index)
-            first, count = inputs_of(split, is_shared)
+            first, count, _ = inputs_of(split, is_shared)
 
             def step(k: jax.Array, done: jax.Array) -> jax.Array:
                 slot = lax.rem(done, jnp.int32(config.stages))
@@ -167,7 +171,7 @@ def _body(
             # early if registers are plenty, since they are kept for as long
             following = load_state(index + 1) if config.block_m <= 64 else ()
 
-            def step(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            def step(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
                 done, sums = carry
                 slot = lax.rem(done, jnp.int32(config.stages))
                 plgpu.barrier_wait(shared["full"].at[slot])
@@ -176,8 +180,12 @@ def _body(
                 plgpu.barrier_arrive(shared["empty"].at[slot])
                 return done + 1, sums
 
-            zero = jnp.zeros((compat.THREADS * (config.block_m // 2),), kind)
-            done, sums = lax.fori_loop(0, inputs_of(split, is_shared)[1], step, (done, zero))
+            _, count, turns = inputs_of(split, is_shared)
+            if runs_on(problem):
+                done, sums = running_sums.sum_stages(problem, config, turns, count, step, done)
+            else:
+                zero = jnp.zeros((compat.THREADS * (config.block_m // 2),), kind)
+                done, sums = lax.fori_loop(0, count, step, (done, zero))
             if config.block_m > 64:
                 following = load_state(index + 1)
             first_row = (row * config.row_warpgroups + row_part) * 64

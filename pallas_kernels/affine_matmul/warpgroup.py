@@ -6,8 +6,9 @@ Both functions return the body of a `plgpu.inline_mgpu`: they see registers. A w
 With scales a group ("sum"), the tiles of a group are summed in registers of their own, and while the tensor core works
 on the next group of the stage
 
-    total += scale[n] * sum        (8-bit operands: sum is an exact integer, scale has its power of two taken out)
+    total += scale[n] * sum
 
+With 8-bit operands, sums run on over groups: `running_sums`.
 Otherwise the sums of the whole row stay in place. At the end of a stage every product is waited for: one that is still
 in flight reads operand registers that nothing protects across a turn of the loop.
 
@@ -25,8 +26,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.affine_matmul import instructions as ops, register_decode as decode
-from pallas_kernels.affine_matmul.config import Config, Problem, sums_groups, sums_in_flight
+from pallas_kernels.affine_matmul import instructions as ops, register_decode as decode, running_sums
+from pallas_kernels.affine_matmul.config import Config, Problem, runs_on, sums_groups, sums_in_flight
 from pallas_kernels.compat import Value, arith, constant
 from pallas_kernels.sparse_matmul.adder import EntryAdder
 
@@ -51,10 +52,14 @@ class Decoder(Protocol):
 
 def warpgroup_step(problem: Problem, config: Config, kind: Any, decoder: Decoder | None = None) -> Callable[..., Any]:
     """The function (stage refs, sums, row_part, k_part, *state) -> sums, `sums` being block_m / 2 registers of every
-    thread. The refs of a stage are followed, if it has sparse entries, by that of their overflow. state: what
-    `decoder.load` gave, if there is a decoder."""
+    thread, or a `running_sums.State`. The refs of a stage are followed, if it has sparse entries, by that of their
+    overflow. state: what `decoder.load` gave, if there is a decoder."""
     state_types = [] if decoder is None else [compat.registers_layout(decoder.registers)]
     count = config.block_m // 2
+    layouts: Any = compat.registers_layout(count)
+    types: Any = compat.registers_type(count, kind)
+    if runs_on(problem):
+        layouts, types = running_sums.state_layouts(config), running_sums.state_types(config)
     swizzle = (plgpu.TilingTransform((8, problem.x_columns)), plgpu.SwizzleTransform(128))
     refs = [plgpu.RefType(), plgpu.RefType(swizzle)]
     if problem.group_size is not None:
@@ -62,14 +67,13 @@ def warpgroup_step(problem: Problem, config: Config, kind: Any, decoder: Decoder
     if problem.entry_words:
         refs += [plgpu.RefType()] * 2
 
-    @plgpu.inline_mgpu(
-        arg_types=(refs, compat.registers_layout(count), compat.SCALAR, compat.SCALAR, *state_types),
-        return_type=compat.registers_type(count, kind),
-    )
+    @plgpu.inline_mgpu(arg_types=(refs, layouts, compat.SCALAR, compat.SCALAR, *state_types), return_type=types)
     def step(_: Any, stage: list[Value], sums: Any, row_part: Any, k_part: Any, *state: Any) -> Any:
         reader = _Reader(problem, config, stage, compat.scalar_of(row_part), compat.scalar_of(k_part))
         if decoder is not None:
             reader.decode = functools.partial(decoder.fragments, state=compat.registers_of(state[0]))
+        if runs_on(problem):
+            return running_sums.multiply_stage(problem, config, reader, sums)
         return compat.array_of(_multiply_stage(problem, config, reader, compat.registers_of(sums)))
 
     return step
@@ -116,8 +120,6 @@ def _multiply_stage(problem: Problem, config: Config, reader: "_Reader", total: 
 def _scaled(total: list[Value], sums: list[Value], scales: list[Value], in_flight: int) -> list[Value]:
     """total + scale of the row * sums, once these are ready."""
     ready = ops.wait_for_products(sums, in_flight)
-    if ready[0].type == compat.i32():
-        ready = [ops.to_float(value) for value in ready]
     return [
         ops.multiply_add(value, scales[i // 2 % 2], old)
         for i, (value, old) in enumerate(zip(ready, total, strict=True))
@@ -186,8 +188,9 @@ class _Reader:
         half_scales = None
         if self.config.scale == "operand":
             half_scales = [ops.pack_twice(scale, self.operand) for scale in scales]
-        elif self.operand == "s8" and (factor := decode.byte_factor(bits, problem.has_zeros)) > 1:
-            scales = [ops.multiply(scale, ops.float_constant(1.0 / factor)) for scale in scales]
+        elif runs_on(problem):
+            factor = ops.float_constant(running_sums.scale_factor(bits, problem.has_zeros))
+            scales = [ops.multiply(scale, factor) for scale in scales]
         zeros = self._row_pair(1, group, "uint8") if problem.has_zeros else None
         return _Grid(scales, half_scales, self._zeros(zeros))
 

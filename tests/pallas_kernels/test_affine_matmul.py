@@ -189,6 +189,12 @@ SHAPES = [  # M, N, K, bits, group_size, zeros, x, scales
     (300, 256, 1024, 8, 256, True, "bfloat16", "bfloat16"),
     (140, 200, 1152, 4, 128, False, "float16", "float16"),
     (301, 256, 1024, 8, None, True, "float16", "float16"),
+    # sums of 8-bit operands that run on over groups and start anew every 512 inputs of a warpgroup
+    (3, 128, 8192, 4, 128, False, "int8", "float16"),
+    (50, 192, 2496, 2, 256, True, "int8", "float16"),
+    (130, 200, 2880, 4, 128, False, "int8", "float16"),
+    (300, 256, 4096, 4, 64, True, "int8", "bfloat16"),
+    (300, 128, 1664, 8, 512, False, "int8", "float32"),
 ]
 
 

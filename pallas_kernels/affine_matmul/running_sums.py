@@ -1,0 +1,175 @@
+"""Scales of groups for 8-bit operands: int32 sums that run on over groups, and one multiply-add a register and group.
+
+C_g is the sum of integer products up to the end of group g, the tensor core never starting anew; s_g the scale of group
+g. Summation by parts (Abel), with s_{-1} = s_G = 0:
+
+    sum_g s_g (C_g - C_{g-1}) = sum_{g=0..G} (s_{g-1} - s_g) C_{g-1}
+
+So before the products of group g are issued, total += (s_{g-1} - s_g) * C, and at the end total += s_{G-1} * C. It is
+the same sum from any start C_{-1}. With one that keeps C in [0, 2**24], no register is converted: the bits of such an
+integer, read as float32, are the number C * 2**-149 (denormal below 2**23, of the same spacing up to 2**24), and a
+multiply-add takes denormals at full speed. Differences of scales are multiplied by 2**100, `total` counts in 2**-49,
+and the last step multiplies it back. Scales from 2**-75 to 2**27 keep every bit: |s - s'| * 2**100 < 2**128 above, and
+below, a total that is rounded is not denormal.
+
+C stays in its range for SEGMENT inputs. Then, between two stages, total += s * C, C is set to its start again and s to
+0: `restart`, two more instructions a register, which the start of the next group makes three. C * s is far larger than
+what is summed, since the start is: the rounding of `total` is about 2**-24 * start * s a group, 1e-5 of a typical
+result, and that is why segments are not longer where they could be.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+from pallas_kernels.affine_matmul import instructions as ops
+from pallas_kernels.affine_matmul.config import SEGMENT, Config, Problem
+from pallas_kernels.affine_matmul.register_decode import byte_factor
+from pallas_kernels.compat import Value, arith, constant
+
+_LARGEST_TOKEN = 128  # -128 is an int8
+_DENORMAL = 2.0**-149  # float32 whose bits are 1
+_UNIT = 2.0**100
+_AHEAD = 2  # tiles whose words are read before they are decoded, and that are decoded before a group is waited for
+
+State = tuple[Any, Any, Any]  # float32 totals, int32 running sums, the scales of rows r0 and r1 that they wait for
+
+
+class Reader(Protocol):
+    """A stage as one thread reads it; see `warpgroup`."""
+
+    columns: Value
+    operand: ops.Operand
+
+    def read(self, tile: int) -> tuple[list[Value], list[Value]]: ...
+    def grid(self, run: int) -> Any: ...
+    def fragments(self, tile: int, words: list[Value], fetched: list[Value], grid: Any) -> list[list[Value]]: ...
+    def offset(self, tile: int) -> int: ...
+
+
+def largest_operand(bits: int, has_zeros: bool) -> int:
+    """The largest magnitude of an 8-bit operand: codes less a zero point up to 2**bits, else a signed byte."""
+    return 2**bits if has_zeros else 128
+
+
+def first_sum(bits: int, has_zeros: bool) -> int:
+    """The start of running sums: C stays in [0, 2 * start] for SEGMENT inputs, and 2 * start is at most 2**24."""
+    return SEGMENT * largest_operand(bits, has_zeros) * _LARGEST_TOKEN
+
+
+def scale_factor(bits: int, has_zeros: bool) -> float:
+    """What scales are multiplied by where they are read: the power of two of operands is taken out in passing."""
+    return _UNIT / byte_factor(bits, has_zeros)
+
+
+def stages_of_a_segment(config: Config) -> int:
+    """Stages between two restarts."""
+    return SEGMENT * config.k_warpgroups // config.block_k
+
+
+def segments(config: Config, stages: int) -> int:
+    """How often sums start."""
+    return -(-stages // stages_of_a_segment(config))
+
+
+def state_layouts(config: Config) -> State:
+    """The argument types of a state, for `inline_mgpu`."""
+    sums = compat.registers_layout(config.block_m // 2)
+    return sums, sums, compat.registers_layout(2)
+
+
+def state_types(config: Config) -> State:
+    """The return types of a state."""
+    count = config.block_m // 2
+    return (
+        compat.registers_type(count, jnp.float32),
+        compat.registers_type(count, jnp.int32),
+        compat.registers_type(2, jnp.float32),
+    )
+
+
+def sum_stages(
+    problem: Problem, config: Config, turns: Any, stages: Any, step: Callable[..., Any], done: Any
+) -> tuple[Any, Any]:
+    """(done, sum_k W[n, k] x[m, k] in float32) after `stages` stages in `turns` segments, each stage by
+    step(_, (done, state)). done: what `step` counts with."""
+    most = stages_of_a_segment(config)
+
+    def segment(index: Any, carry: tuple[Any, State]) -> tuple[Any, State]:
+        done, state = carry
+        return lax.fori_loop(0, jnp.minimum(most, stages - index * most), step, (done, restart(problem, config, state)))
+
+    sums = jnp.zeros((compat.THREADS * (config.block_m // 2),), jnp.int32)
+    empty = sums.astype(jnp.float32), sums, jnp.zeros((compat.THREADS * 2,), jnp.float32)
+    done, state = lax.fori_loop(0, turns, segment, (done, empty))
+    return done, finish(config, state)
+
+
+def multiply_stage(problem: Problem, config: Config, reader: Reader, state: State) -> State:
+    """The state after the products of a stage, which are finished."""
+    total, sums, before = (compat.registers_of(array) for array in state)
+    own_inputs = config.block_k // config.k_warpgroups
+    run = min(problem.group_size or own_inputs, own_inputs) // 64  # tiles that share a scale
+    tiles = own_inputs // 64
+    words = [reader.read(tile) for tile in range(min(_AHEAD, tiles))]
+
+    def decoded(tile: int, grid: Any) -> list[list[Value]]:
+        if tile + _AHEAD < tiles:
+            words.append(reader.read(tile + _AHEAD))
+        return reader.fragments(tile, *words[tile], grid)
+
+    for first in range(0, tiles, run):
+        grid = reader.grid(first // run)
+        fragments = [decoded(tile, grid) for tile in range(first, first + min(_AHEAD, run))]
+        if first > 0:
+            sums = ops.wait_for_products(sums, 0)
+        changes = [arith.subf(old, new) for old, new in zip(before, grid.scales, strict=True)]
+        total, before = _add(total, sums, changes), grid.scales
+        for place in range(run):
+            if place >= _AHEAD:
+                ops.wait_for_earlier(1)  # the registers of the operand before are free
+                fragments.append(decoded(first + place, grid))
+            offset = reader.offset(first + place)
+            sums = ops.multiply_tile(sums, fragments[place], reader.columns, offset, config.block_m, reader.operand)
+    sums = ops.wait_for_products(sums, 0)
+    return compat.array_of(total), compat.array_of(sums), compat.array_of(before)
+
+
+def restart(problem: Problem, config: Config, state: State) -> State:
+    """Adds what running sums stand for to the totals, and sets them to their start."""
+    start = first_sum(problem.bits, problem.has_zeros)
+
+    @plgpu.inline_mgpu(arg_types=state_layouts(config), return_type=state_types(config))
+    def run(_: Any, *state: Any) -> State:
+        total, sums, scales = (compat.registers_of(array) for array in state)
+        total = _add(total, sums, scales)
+        starts, zeros = [constant(start)] * len(sums), [ops.float_constant(0.0)] * 2
+        return compat.array_of(total), compat.array_of(starts), compat.array_of(zeros)
+
+    return run(*state)
+
+
+def finish(config: Config, state: State) -> jax.Array:
+    """sum_k W[n, k] x[m, k] in float32."""
+
+    @plgpu.inline_mgpu(arg_types=state_layouts(config), return_type=state_types(config)[0])
+    def run(_: Any, *state: Any) -> Any:
+        total = _add(*(compat.registers_of(array) for array in state))
+        back = ops.float_constant(1.0 / (_UNIT * _DENORMAL))
+        return compat.array_of([ops.multiply(value, back) for value in total])
+
+    return run(*state)  # pyright: ignore[reportReturnType]
+
+
+def _add(total: list[Value], sums: list[Value], factors: list[Value]) -> list[Value]:
+    """total + factor of the row * sums, the bits of these read as float32."""
+    floats = [arith.bitcast(compat.f32(), value) for value in sums]
+    return [
+        ops.multiply_add(value, factors[i // 2 % 2], old)
+        for i, (value, old) in enumerate(zip(floats, total, strict=True))
+    ]
