@@ -80,8 +80,8 @@ class CodebookWeight:
     multiplied by the entries in int32. nested holds narrower tables side by side, narrowest first, see
     `jquant.format.nested`. tables uint32 is the codebook as a kernel reads it, entries of 8 bits if they are int8, else
     bfloat16: those are divided by a factor a row, and table_scales float32 [N], the factors times `scales`, go with
-    them instead of `scales`. row_sums float32 [N] = sum_k W[n, k] goes with inputs that have offsets. `jquant.prepare`
-    adds all three.
+    them instead of `scales`; byte_tables and byte_scales are the same in fixed point, for one token. row_sums float32
+    [N] = sum_k W[n, k] goes with inputs that have offsets. `jquant.prepare` adds these five.
     """
 
     codes: jax.Array
@@ -93,6 +93,8 @@ class CodebookWeight:
     nested: jax.Array | None = None  # [N, 2**bits - 2**narrowest]
     tables: jax.Array | None = None
     table_scales: jax.Array | None = None
+    byte_tables: jax.Array | None = None
+    byte_scales: jax.Array | None = None
     row_sums: jax.Array | None = None
 
 
@@ -286,6 +288,9 @@ def entries(residual: SparseResidual) -> jax.Array:
     return jnp.zeros(residual.shape, bool).at[place].set(True)
 
 
+_PREPARED_TABLES = ("tables", "table_scales", "byte_tables", "byte_scales")
+
+
 def canonical(weight: Weight) -> Weight:
     """The same weight as a checkpoint holds it: in the "stream" layout, without what `jquant.prepare` adds."""
     if isinstance(weight, QuantizedLinear):
@@ -296,7 +301,7 @@ def canonical(weight: Weight) -> Weight:
         return dataclasses.replace(weight, weight=canonical(weight.weight), outliers=kept, residual=rest)
     if isinstance(weight, SparseAffineWeight):
         return weight
-    more = ("fits_half",) if isinstance(weight, AffineWeight) else ("tables", "table_scales")
+    more = ("fits_half",) if isinstance(weight, AffineWeight) else _PREPARED_TABLES
     return with_layout(dataclasses.replace(weight, **dict.fromkeys(("row_sums", *more))), "stream")
 
 

@@ -6,8 +6,8 @@ The base is multiplied in packed form, in the layout "fragments" that `jquant.pr
 size is decoded to memory. Integer activations are quantized first, each token by itself, with the kept columns split
 off in the same pass, and lie in the order of the 8-bit tensor-core operand. Sparse entries are added to the decoded
 weights, or have a product of their own, beside kept columns and where they do not fit the units of the decoder; what is
-added to the base is added to float32 sums. One 16-bit token beside a table of int8 entries is multiplied as three
-tokens of 8 bits, whose look-ups take fewer instructions.
+added to the base is added to float32 sums. One 16-bit token beside a table is multiplied as three tokens of 8 bits,
+whose look-ups take fewer instructions.
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
     tiles = _tiles(layer, tokens, name)
     problem = _problem(base, act, tokens, name, _words(tiles))
     if isinstance(base, CodebookWeight):
-        config = codebook_matmul.choose(problem, 1 if is_snapped(base) else None)
+        config = codebook_matmul.choose(problem, 1 if is_snapped(base) else 2)
     else:
         config = affine_matmul.choose(problem)
     inputs = name if problem.x_dtype == name else f"{name} as {problem.x_dtype}"
@@ -208,16 +208,17 @@ def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any)
 
 def _codebook(x: jax.Array, base: CodebookWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
     tables, scales = base.tables, table_scales(base, x.dtype.name)
-    problem = None
-    if x.dtype != jnp.int8:
-        problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")))
-    if tables is None or (x.dtype != jnp.bfloat16 and not is_snapped(base)):
-        tables = codebook_matmul.prepare_tables(base.codebook, jnp.int8 if is_snapped(base) else x.dtype)
-    if problem is not None and problem.pieces > 1:
+    problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")))
+    if problem.pieces > 1:
         more["pieces"] = problem.pieces
         x, more["x_scales"] = codebook_matmul.split_row(x)
+        if not is_snapped(base):
+            tables, scales = base.byte_tables, base.byte_scales
     elif is_snapped(base) and x.dtype == jnp.bfloat16:
         x, more["x_scales"] = half_tokens.convert(x)
+    elif not is_snapped(base) and x.dtype != jnp.bfloat16:  # float16 entries are exact
+        tables = codebook_matmul.prepare_tables(base.codebook, x.dtype)
+    assert tables is not None
     more |= {"bits": base.bits, "outputs": base.shape[0], "out_dtype": out_dtype}
     return codebook_matmul.codebook_matmul(x, base.codes, tables, scales, **more)
 
@@ -243,7 +244,9 @@ def _words(tiles: sparse_matmul.EntryTiles | None) -> int:
 
 def _in_pieces(base: Packed, problem: affine_matmul.Problem) -> bool:
     """Whether a 16-bit token becomes three of 8 bits. Sparse entries are added to 16-bit operands only."""
-    if not is_snapped(base) or problem.entry_words:
+    if not isinstance(base, CodebookWeight) or problem.entry_words:
+        return False
+    if not is_snapped(base) and base.byte_tables is None:
         return False
     return codebook_matmul.supported_pieces(problem.tokens, problem.inputs, problem.x_dtype) is None
 
@@ -271,5 +274,6 @@ def _problem(
         entry_words=entry_words,
     )
     if act is None and _in_pieces(base, problem):
-        return dataclasses.replace(problem, x_dtype="int8", pieces=codebook_matmul.PIECES)
+        planes = 1 if is_snapped(base) else 2
+        return dataclasses.replace(problem, x_dtype="int8", pieces=codebook_matmul.PIECES, planes=planes)
     return dataclasses.replace(problem, x_dtype=operand_of(base, problem))

@@ -25,7 +25,7 @@ from jquant.linear import hopper
 from jquant.linear.choice import as_layer, running_dtype
 from pallas_kernels.activation_quantize import slot_columns
 from pallas_kernels.affine_matmul import fits_half
-from pallas_kernels.codebook_matmul import prepare_tables, rounded_tables
+from pallas_kernels.codebook_matmul import fixed_point_tables, prepare_tables, rounded_tables
 from pallas_kernels.device import no_hopper, platform
 from pallas_kernels.sparse_matmul import EntryTiles, prepare_rows, prepare_tiles
 
@@ -81,14 +81,23 @@ def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
 
 
 def _with_tables(base: CodebookWeight) -> CodebookWeight:
-    """The tables of int8 entries as they are, those of floats in bfloat16 with the factors that make little of it."""
+    """The tables of int8 entries as they are; those of floats in bfloat16, with the factors that make little of it, and
+    in fixed point for a single token."""
     if is_snapped(base):
         return dataclasses.replace(base, tables=prepare_tables(base.codebook, jnp.int8))
-    rounded, factors = rounded_tables(base.codebook)
-    scales = jnp.broadcast_to(factors, base.shape[:1])
-    if base.scales is not None:
-        scales = scales * base.scales.astype(jnp.float32)
-    return dataclasses.replace(base, tables=prepare_tables(rounded, jnp.bfloat16), table_scales=scales)
+
+    def times_scales(factors: jax.Array) -> jax.Array:
+        scales = jnp.broadcast_to(factors, base.shape[:1])
+        return scales if base.scales is None else scales * base.scales.astype(jnp.float32)
+
+    (rounded, factors), (fixed, units) = rounded_tables(base.codebook), fixed_point_tables(base.codebook)
+    return dataclasses.replace(
+        base,
+        tables=prepare_tables(rounded, jnp.bfloat16),
+        table_scales=times_scales(factors),
+        byte_tables=prepare_tables(fixed, jnp.uint16),
+        byte_scales=times_scales(units),
+    )
 
 
 def _entry_tiles(base: AffineWeight | CodebookWeight, rest: SparseResidual, dtype: Any) -> EntryTiles | None:

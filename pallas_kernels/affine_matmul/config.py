@@ -64,7 +64,8 @@ class Config:
 class Problem:
     """Static facts of one product. x_dtype "bfloat16", "float16" or "int8"; group_size None: whole rows; entry_words:
     words of sparse entries a block of 64 x 128 weights, 0 if there are none; pieces: rows of x that are the only token
-    in parts, whose scaled products are added, or 1: every row is a token."""
+    in parts, whose scaled products are added, or 1: every row is a token; planes: 8-bit operands of a weight, each with
+    sums of its own, of which the second stand for 256 times as much."""
 
     tokens: int
     outputs: int
@@ -76,6 +77,7 @@ class Problem:
     scale_dtype: str
     entry_words: int = 0
     pieces: int = 1
+    planes: int = 1
 
     @property
     def x_bytes(self) -> int:
@@ -92,6 +94,11 @@ class Problem:
         return self.entry_words > 0 and self.tokens == 1
 
 
+def registers_of_sums(problem: Problem, config: Config) -> int:
+    """Registers of a thread that hold the sums of a block."""
+    return config.block_m // 2 * problem.planes
+
+
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a CTA, without its barriers."""
     words = config.rows * config.block_k * problem.bits // 8
@@ -102,7 +109,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
         stage += groups * config.rows * (scale + problem.has_zeros)
     stage += config.row_warpgroups * (config.block_k // 128) * problem.entry_words * 4
     others = config.k_warpgroups - 1 + config.cluster - 1  # whose sums are handed over
-    return config.stages * stage + others * config.rows * config.block_m * 4
+    return config.stages * stage + others * config.rows * config.block_m * problem.planes * 4
 
 
 def supported_config(problem: Problem, config: Config) -> str | None:
@@ -160,7 +167,7 @@ def sums_in_flight(config: Config) -> int:
 
 def accumulators(problem: Problem, config: Config) -> int:
     """Registers of a thread that hold sums."""
-    own = config.block_m // 2
+    own = registers_of_sums(problem, config)
     if runs_on(problem):
         return 2 * own + 2  # and the scales of two rows
     return own * (1 + sums_in_flight(config)) if sums_groups(problem, config) else own

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul import running_sums
-from pallas_kernels.affine_matmul.config import Config, Problem, runs_on
+from pallas_kernels.affine_matmul.config import Config, Problem, registers_of_sums, runs_on
 from pallas_kernels.affine_matmul.parts import Rounds, add_parts, add_shares, leave_together, parts_scratch
 from pallas_kernels.affine_matmul.register_decode import byte_factor
 from pallas_kernels.affine_matmul.warpgroup import Decoder, store_block, warpgroup_step
@@ -53,7 +53,7 @@ def affine_kernel(
     }
     scratch["full"] = plgpu.Barrier(num_arrivals=len(stage), num_barriers=config.stages)
     scratch["empty"] = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
-    sums = config.block_m // 2
+    sums = registers_of_sums(problem, config)
     kind = jnp.int32 if problem.x_dtype == "int8" and not runs_on(problem) else jnp.float32
     scratch |= parts_scratch(config, sums, kind)
 
@@ -184,7 +184,7 @@ def _body(
             if runs_on(problem):
                 done, sums = running_sums.sum_stages(problem, config, turns, count, step, done)
             else:
-                zero = jnp.zeros((compat.THREADS * (config.block_m // 2),), kind)
+                zero = jnp.zeros((compat.THREADS * registers_of_sums(problem, config),), kind)
                 done, sums = lax.fori_loop(0, count, step, (done, zero))
             if config.block_m > 64:
                 following = load_state(index + 1)

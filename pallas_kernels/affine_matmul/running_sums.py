@@ -43,13 +43,10 @@ State = tuple[Any, Any, Any]  # float32 totals, int32 running sums, the scales o
 class Reader(Protocol):
     """A stage as one thread reads it; see `warpgroup`."""
 
-    columns: Value
-    operand: ops.Operand
-
     def read(self, tile: int) -> tuple[list[Value], list[Value]]: ...
     def grid(self, run: int) -> Any: ...
     def fragments(self, tile: int, words: list[Value], fetched: list[Value], grid: Any) -> list[list[Value]]: ...
-    def offset(self, tile: int) -> int: ...
+    def multiply(self, sums: list[Value] | None, fragments: list[list[Value]], tile: int) -> list[Value]: ...
 
 
 def largest_operand(bits: int, has_zeros: bool) -> int:
@@ -134,8 +131,7 @@ def multiply_stage(problem: Problem, config: Config, reader: Reader, state: Stat
             if place >= _AHEAD:
                 ops.wait_for_earlier(1)  # the registers of the operand before are free
                 fragments.append(decoded(first + place, grid))
-            offset = reader.offset(first + place)
-            sums = ops.multiply_tile(sums, fragments[place], reader.columns, offset, config.block_m, reader.operand)
+            sums = reader.multiply(sums, fragments[place], first + place)
     sums = ops.wait_for_products(sums, 0)
     return compat.array_of(total), compat.array_of(sums), compat.array_of(before)
 

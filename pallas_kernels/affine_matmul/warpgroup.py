@@ -15,7 +15,8 @@ in flight reads operand registers that nothing protects across a turn of the loo
 Sparse entries are added to the decoded weights, in their units: before a scale is multiplied, wherever that is. For one
 token they are multiplied by its inputs apart: every thread sums its own, in registers that otherwise belong to tokens
 past the end, and those of the four threads that share rows are added before they are stored. So are the products of
-the only token's pieces, once each has its scale.
+the only token's pieces, once each has its scale. Weights of two 8-bit operands, a low and a high one, have two sets of
+sums, which meet when they are stored.
 """
 
 import functools
@@ -27,7 +28,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops, register_decode as decode, running_sums
-from pallas_kernels.affine_matmul.config import Config, Problem, runs_on, sums_groups, sums_in_flight
+from pallas_kernels.affine_matmul.config import (
+    Config,
+    Problem,
+    registers_of_sums,
+    runs_on,
+    sums_groups,
+    sums_in_flight,
+)
 from pallas_kernels.compat import Value, arith, constant
 from pallas_kernels.sparse_matmul.adder import EntryAdder
 
@@ -55,7 +63,7 @@ def warpgroup_step(problem: Problem, config: Config, kind: Any, decoder: Decoder
     thread, or a `running_sums.State`. The refs of a stage are followed, if it has sparse entries, by that of their
     overflow. state: what `decoder.load` gave, if there is a decoder."""
     state_types = [] if decoder is None else [compat.registers_layout(decoder.registers)]
-    count = config.block_m // 2
+    count = registers_of_sums(problem, config)
     layouts: Any = compat.registers_layout(count)
     types: Any = compat.registers_type(count, kind)
     if runs_on(problem):
@@ -99,9 +107,9 @@ def _multiply_stage(problem: Problem, config: Config, reader: "_Reader", total: 
         fragments = reader.fragments(tile, *ahead[tile], grid)
         if problem.multiplies_entries:
             apart = reader.multiply_entries(tile, ahead[tile][1], grid, apart)
-        sums = ops.multiply_tile(sums, fragments, reader.columns, reader.offset(tile), config.block_m, reader.operand)
+        sums = reader.multiply(sums, fragments, tile)
         if not grouped and 0 < tile < tiles - 1:
-            ops.wait_for_earlier(1)  # the registers of the operand before are free
+            ops.wait_for_earlier(problem.planes)  # the registers of the operand before are free
         if waiting is not None:
             total = _scaled(total, *waiting, in_flight=1)
             waiting = None
@@ -171,6 +179,16 @@ class _Reader:
         """Bytes from the descriptor's address to the columns of a tile."""
         atom, within = divmod(tile * 64, self.problem.x_columns)
         return atom * 1024 + within * self.problem.x_bytes
+
+    def multiply(self, sums: list[Value] | None, fragments: list[list[Value]], tile: int) -> list[Value]:
+        """Issues the products of a tile, those of each plane with its own sums."""
+        width, planes = self.config.block_m, self.problem.planes
+        found = []
+        for plane in range(planes):
+            own = None if sums is None else sums[plane * width // 2 : (plane + 1) * width // 2]
+            steps = fragments[plane * len(fragments) // planes : (plane + 1) * len(fragments) // planes]
+            found += ops.multiply_tile(own, steps, self.columns, self.offset(tile), width, self.operand)
+        return found
 
     def grid(self, run: int) -> _Grid:
         """The scales and zeros of the run-th group of this warpgroup."""
@@ -254,7 +272,7 @@ def store_block(
     of a token in pieces, y[0, n] = sum over j of sums[j] * row_scales[n] * x_scales[j].
     """
     epilogue = {name: dtypes[name] for name in ("row_scales", "x_scales", "x_offsets", "row_sums") if name in dtypes}
-    count = config.block_m // 2
+    count = registers_of_sums(problem, config)
 
     @plgpu.inline_mgpu(
         arg_types=(
@@ -292,6 +310,9 @@ def _store(
     rows = [row0, arith.addi(row0, constant(8))]
     token0 = arith.addi(first_token, arith.muli(arith.andi(thread, constant(3)), constant(2)))
     values = [ops.to_float(v) if v.type == compat.i32() else v for v in sums]
+    if problem.planes == 2:
+        low, high = values[: len(values) // 2], values[len(values) // 2 :]
+        values = [ops.multiply_add(h, ops.float_constant(256.0), v) for v, h in zip(low, high, strict=True)]
     if problem.multiplies_entries:
         values[0], values[2] = ops.sum_of_four(values[0]), ops.sum_of_four(values[2])
     last_row, last_token = constant(problem.outputs - 1), constant(problem.tokens * problem.pieces - 1)

@@ -7,7 +7,8 @@
     8-bit x:    y[m, n] = x_scales[m] * sum_k x[m, k] * W[n, k] + x_offsets[m] * row_sums[n],
                 row_sums[n] = sum_k W[n, k]; the codebook is int8 and its int32 sum exact
     one token in pieces:
-                y[0, n] = sum_j x_scales[j] * sum_k x[j, k] * W[n, k], as 8-bit x of three rows
+                y[0, n] = sum_j x_scales[j] * sum_k x[j, k] * W[n, k], as 8-bit x of three rows; the codebook is int8,
+                or in fixed point of two int8, 256 h + l
 
 The kernel is that of `pallas_kernels.affine_matmul` with another decoder: byte look-ups in registers
 (`pallas_kernels.codebook_matmul.decode`). Words: `pallas_kernels.fragments`, order "rows"; 8-bit x comes in
@@ -28,6 +29,7 @@ from pallas_kernels.affine_matmul.config import Config, Problem, supported_confi
 from pallas_kernels.affine_matmul.launch import check_entries, check_tokens, launch
 from pallas_kernels.codebook_matmul.choice import choose as choose, supported as supported
 from pallas_kernels.codebook_matmul.decode import table_planes, table_words
+from pallas_kernels.codebook_matmul.fixed_point import fixed_point_tables as fixed_point_tables
 from pallas_kernels.codebook_matmul.rounding import rounded_tables as rounded_tables
 from pallas_kernels.codebook_matmul.tables import TableDecoder
 from pallas_kernels.codebook_matmul.token_pieces import (
@@ -79,7 +81,8 @@ def codebook_matmul(
     row_sums [N] go with 8-bit x, x_scales [M] or [M, 1] with any. entries, with 16-bit x: sparse entries added to the
     looked-up weights, so divided by the scale of their row, of the type of x, or of float16 beside int8 tables.
     pieces: rows of 8-bit x that are one token, from `split_row` with its scales as x_scales; M is 1 then, and x may be
-    padded with zeros to a multiple of 128. 1: every row is a token.
+    padded with zeros to a multiple of 128; tables are of int8 entries, or of 16 bits from `fixed_point_tables`, whose
+    scales belong to `scales`. 1: every row is a token.
     multiplier: shift selectors by multiplications; None decides by the number of tokens.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
@@ -88,14 +91,16 @@ def codebook_matmul(
         _check_pieces(x, pieces, x_scales, x_offsets)
         inputs -= TILE if inputs == TILE * (words.shape[1] + 1) else 0
     tokens = rows // pieces
-    entry_bytes = _check(x.dtype, inputs, words, tables, scales, bits, outputs)
+    sizes = (1, 2) if pieces > 1 else (1, x.dtype.itemsize)
+    entry_bytes = _check((outputs, inputs), words, tables, scales, bits, sizes)
     check_tokens(rows, outputs, x_scales, x_offsets, row_sums)
     out_dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype))
     if x.dtype == jnp.bfloat16 and entry_bytes == 1:
         x, powers = half_tokens(x)
         x_scales = powers if x_scales is None else powers * x_scales.reshape(-1).astype(jnp.float32)
     words_each = check_entries(entries, outputs, x)
-    problem = Problem(tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32", words_each, pieces)
+    planes = max(1, entry_bytes // x.dtype.itemsize)
+    problem = Problem(tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32", words_each, pieces, planes)
     if reason := supported(problem):
         raise ValueError(f"no codebook kernel: {reason}")
     config = choose(problem, entry_bytes) if config is None else config
@@ -122,26 +127,26 @@ def _check_pieces(x: jax.Array, pieces: int, x_scales: jax.Array | None, x_offse
 
 
 def _check(
-    x_dtype: Any,
-    inputs: int,
+    shape: tuple[int, int],
     words: jax.Array,
     tables: jax.Array,
     scales: jax.Array | None,
     bits: int,
-    outputs: int,
+    sizes: tuple[int, int],
 ) -> int:
-    """Bytes of a table's entry; ValueError for shapes that disagree."""
-    shapes = [("words", words, fragments_shape((outputs, inputs), bits)), ("scales", scales, (outputs,))]
+    """Bytes of a table's entry, one of `sizes`; ValueError for shapes that disagree with a weight of `shape`."""
+    outputs = shape[0]
+    shapes = [("words", words, fragments_shape(shape, bits)), ("scales", scales, (outputs,))]
     for name, array, shape in shapes:
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {list(array.shape)}; expected {list(shape)}")
     padded = -(-outputs // TILE) * TILE
-    for entry_bytes in sorted({1, x_dtype.itemsize}):
+    for entry_bytes in sizes:
         planes = table_words(bits, entry_bytes)
         if tables.shape in ((planes, 1), (planes, padded)):
             return entry_bytes
-    planes = table_words(bits, x_dtype.itemsize)
+    planes = table_words(bits, sizes[-1])
     raise ValueError(
         f"tables have shape {list(tables.shape)}; expected [{planes}, 1] or [{planes}, {padded}], what "
-        f"prepare_tables gives for {x_dtype.name}, or [{table_words(bits, 1)}, ...] of int8 entries"
+        f"prepare_tables gives for entries of {8 * sizes[-1]} bits, or [{table_words(bits, 1)}, ...] for int8"
     )

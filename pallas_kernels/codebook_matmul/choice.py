@@ -104,7 +104,7 @@ def estimate(problem: Problem, config: Config, entry_bytes: int | None = None) -
     share = min(_ALL_MEMORY_BYTES / min(items, config.blocks), _MEMORY_BYTES)
     memory = words / column_blocks / share + (words + x_bytes) / _CACHE_BYTES
     look_ups = weights * (operations + _OVERHEAD) / _INTEGER_OPERATIONS
-    products = weights * config.block_m / (_PRODUCTS * (2 if problem.x_bytes == 1 else 1))
+    products = problem.planes * weights * config.block_m / (_PRODUCTS * (2 if problem.x_bytes == 1 else 1))
     rounds = Rounds(items, config.cluster, config.blocks)
     shared = -(-(items - rounds.own * config.blocks) // (config.blocks // config.cluster))  # of a cluster together
     whole = max(memory, look_ups, products) + steps * _STEP + _BLOCK

@@ -1,6 +1,7 @@
 """The seam on a Hopper GPU: which layers take a kernel and why others do not, and the products themselves."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -123,9 +124,10 @@ def test_prepared_layers_lower_to_a_kernel_and_keep_their_meaning(name: str) -> 
         program = lower_for_gpu(linear, x, ready)
         assert "mosaic_gpu" in program
         inside = "+s2%" in name and "zero scales" not in name
-        # int8 tables beside bfloat16, or weights of groups that are rounded: a kernel that makes it float16, or of one
-        # token pieces of int8
-        beside = name.startswith(("w4-codebook-int8", "w3-codebook-int8"))
+        # one token beside tables: a kernel that makes it pieces of int8; int8 tables beside bfloat16, or weights of
+        # groups that are rounded: one that makes it float16
+        beside = tokens == 1 and name.startswith(("w3-codebook", "w4-codebook"))
+        beside |= name.startswith(("w4-codebook-int8", "w3-codebook-int8"))
         beside |= tokens > 128 and name in GROUPED and not inside
         if isinstance(w, QuantizedLinear):
             by_row = w.residual is not None and (tokens <= hopper.ROWS_TOKENS or "zero scales" in name)
@@ -134,14 +136,13 @@ def test_prepared_layers_lower_to_a_kernel_and_keep_their_meaning(name: str) -> 
 
 
 @pytest.mark.usefixtures("on_hopper")
-def test_one_token_is_split_beside_int8_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    ready = prepare(LAYERS["w4-codebook-int8"])
-    for dtype in (jnp.bfloat16, jnp.float16):
+def test_one_token_is_split_beside_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, dtype in itertools.product(("w4-codebook-int8", "w4-codebook"), (jnp.bfloat16, jnp.float16)):
+        ready = prepare(LAYERS[name])
         assert "in 3 pieces of 8 bits" in choose(ready, 1, dtype=dtype).reason
         assert "pieces" not in choose(ready, 2, dtype=dtype).reason
         program = lower_for_gpu(linear, jax.ShapeDtypeStruct((1, K), dtype), ready)
         assert count_kernels(program) == program.count('name = "split_row"') == 1 and "mosaic_gpu" in program
-    assert "pieces" not in choose(prepare(LAYERS["w4-codebook"]), 1).reason
     assert "pieces" not in choose(prepare(LAYERS["w4a8-codebook-int8-actsym"]), 1).reason
     # entries of their own product leave the base's to pieces; in one product they need 16-bit operands
     assert "pieces" in choose(prepare(LAYERS["w4-codebook-int8+s2%"]), 1).reason

@@ -145,7 +145,7 @@ def test_bad_arguments_say_what_was_expected() -> None:
     tables = prepare_tables(jnp.zeros((64, 16)), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"words has shape \[1, 1, 4, 128\]; expected \[2, 1, 4, 128\]"):
         codebook_matmul(x, words, tables, bits=4, outputs=128)
-    with pytest.raises(ValueError, match=r"expected \[8, 1\] or \[8, 64\], what prepare_tables gives for bfloat16"):
+    with pytest.raises(ValueError, match=r"expected \[8, 1\] or \[8, 64\], what prepare_tables gives for entries"):
         codebook_matmul(x, words, tables[:2], bits=4, outputs=64)
     with pytest.raises(ValueError, match="one for each of the 2 tokens"):
         codebook_matmul(x, words, tables, bits=4, outputs=64, x_scales=jnp.zeros(3))

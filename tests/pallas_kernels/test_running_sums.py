@@ -31,10 +31,7 @@ class Instructions:
         self.products = products
         self.seen = [2**24, 0]  # smallest and largest sum
 
-    def multiply_tile(
-        self, sums: Any, fragments: int, columns: Any, offset: Any, n: int, kind: str
-    ) -> list[np.ndarray]:
-        assert (n, kind) == (8, "s8")
+    def multiply_tile(self, sums: Any, fragments: int) -> list[np.ndarray]:
         result = [old + self.products[i, fragments] for i, old in enumerate(sums)]
         self.seen = [min(self.seen[0], np.min(result)), max(self.seen[1], np.max(result))]
         return result
@@ -60,10 +57,15 @@ class Instructions:
 class Stage:
     """A stage of one warpgroup: the tiles from `first`; scales float32 [2, groups, OUTPUTS], zero past the end."""
 
-    columns, operand = None, "s8"
-
-    def __init__(self, problem: affine.Problem, config: affine.Config, first: int, scales: np.ndarray) -> None:
-        self.first, self.scales, self.size = first, scales, problem.group_size or 0
+    def __init__(
+        self,
+        instructions: Instructions,
+        problem: affine.Problem,
+        config: affine.Config,
+        first: int,
+        scales: np.ndarray,
+    ) -> None:
+        self.instructions, self.first, self.scales, self.size = instructions, first, scales, problem.group_size or 0
         self.run_inputs = min(self.size, config.block_k)
         self.factor = np.float32(running_sums.scale_factor(problem.bits, problem.has_zeros))
 
@@ -78,8 +80,9 @@ class Stage:
     def fragments(self, tile: int, words: Any, fetched: Any, grid: Any) -> int:
         return self.first + tile
 
-    def offset(self, tile: int) -> int:
-        return 0
+    def multiply(self, sums: Any, fragments: int, tile: int) -> list[np.ndarray]:
+        assert fragments == self.first + tile
+        return self.instructions.multiply_tile(sums, fragments)
 
 
 def fori_loop(first: int, last: Any, body: Any, carry: Any) -> Any:
@@ -130,7 +133,7 @@ def product(
 
     def step(_: int, carry: Any) -> Any:
         done, state = carry
-        stage = Stage(problem, config, done * config.block_k // 64, scales)
+        stage = Stage(instructions, problem, config, done * config.block_k // 64, scales)
         return done + 1, running_sums.multiply_stage(problem, config, stage, state)  # pyright: ignore[reportArgumentType]
 
     turns = running_sums.segments(config, steps)

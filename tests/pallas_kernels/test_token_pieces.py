@@ -154,13 +154,23 @@ def test_the_product_of_pieces_lowers_for_cuda(inputs: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_product_of_pieces_is_that_of_the_token(bits: int, dtype: str) -> None:
+@pytest.mark.parametrize("entry", ["int8", "fixed point"])
+def test_the_product_of_pieces_is_that_of_the_token(bits: int, dtype: str, entry: str) -> None:
     for outputs, inputs, one_table in [(64, 64, False), (200, 328, True), (136, 1024, False), (512, 8192, False)]:
         rng = np.random.default_rng(inputs)
         codes = rng.integers(0, 2**bits, (outputs, inputs), dtype=np.uint8)
         scales = rng.uniform(0.5, 2, outputs).astype(np.float32)
-        codebook = jnp.asarray(rng.integers(-127, 128, (1 if one_table else outputs, 2**bits)), jnp.int8)
-        table = np.broadcast_to(np.asarray(codebook, np.float64), (outputs, 2**bits))
+        shape = 1 if one_table else outputs, 2**bits
+        if entry == "int8":
+            codebook = jnp.asarray(rng.integers(-127, 128, shape), jnp.int8)
+            table = np.asarray(codebook, np.float64)
+        else:
+            whole = rng.integers(-LARGEST, LARGEST + 1, shape)
+            whole[:, 0] = LARGEST  # so that the unit is 1
+            codebook, unit = fixed_point_tables(jnp.asarray(whole, jnp.float32))
+            assert np.all(unit == 1)
+            table = whole.astype(np.float64)
+        table = np.broadcast_to(table, (outputs, 2**bits))
         w = np.take_along_axis(table, codes.astype(np.int64), axis=1) * scales[:, None]
         spread = 10.0 ** rng.integers(-3, 3, (1, inputs)) * (1e20 if dtype == "bfloat16" else 1.0)
         x = jnp.asarray(rng.normal(size=(1, inputs)) * spread, dtype)
@@ -172,13 +182,14 @@ def test_the_product_of_pieces_is_that_of_the_token(bits: int, dtype: str) -> No
         bound = 0.5 * float(x_scales[2]) * np.abs(w).sum(1) + 5e-7 * (size @ np.abs(w).T)
         arrays = (
             pack_fragments(jnp.asarray(codes), bits, "rows"),
-            prepare_tables(codebook, jnp.int8),
+            prepare_tables(codebook, codebook.dtype),
             jnp.asarray(scales),
         )
         problem = Problem(1, outputs, inputs, bits, None, False, "int8", "float32", pieces=PIECES)
+        problem = dataclasses.replace(problem, planes=codebook.dtype.itemsize)
         parted = [config for config in candidates(problem) if config.splits > 1 or config.k_warpgroups > 1]
         more: dict[str, Any] = {"bits": bits, "outputs": outputs, "pieces": PIECES, "out_dtype": jnp.float32}
-        for config in (choose(problem, 1), *parted[-3:]):
+        for config in (choose(problem, problem.planes), *parted[-3:]):
             y = codebook_matmul(pieces, *arrays, x_scales=x_scales, config=config, **more)
             assert y.shape == (1, outputs)
             assert np.all(np.abs(np.asarray(y, np.float64) - exact) <= bound), config
