@@ -63,6 +63,7 @@ TABLES = (
     Kind("w4a16-int8-table-f16", 4, "float16", None, entry="int8"),
     Kind("w4a8-int8-table", 4, "int8", None, entry="int8"),
     Kind("w4a16-table", 4, "bfloat16", None, entry="bfloat16"),
+    Kind("w3a16-table", 3, "bfloat16", None, entry="bfloat16"),
     Kind("w3a16-int8-table", 3, "bfloat16", None, entry="int8"),
     Kind("w3a8-int8-table", 3, "int8", None, entry="int8"),
 )
@@ -85,15 +86,20 @@ class Row:
         return f"{self.kind.name} M={self.m} N={self.n} K={self.k} {blocks} /{c.splits} st {c.stages} {c.scale}"
 
 
+def entry_bytes(kind: Kind) -> int:
+    return jnp.dtype(kind.entry).itemsize
+
+
 def in_pieces(row: Row) -> bool:
     """Whether the token is multiplied as three of int8."""
-    return row.m == 1 and row.kind.x == "bfloat16" and row.kind.entry == "int8"
+    return row.m == 1 and row.kind.x == "bfloat16" and row.kind.entry is not None
 
 
 def problem_of(row: Row) -> affine.Problem:
     kind = row.kind
     if in_pieces(row):
-        return affine.Problem(1, row.n, row.k, kind.bits, None, False, "int8", "float32", pieces=codebook.PIECES)
+        more = {"pieces": codebook.PIECES, "planes": entry_bytes(kind)}
+        return affine.Problem(1, row.n, row.k, kind.bits, None, False, "int8", "float32", **more)
     scales = "bfloat16" if kind.entry is None else "float32"
     return affine.Problem(row.m, row.n, row.k, kind.bits, kind.group_size, kind.zeros, kind.x, scales)
 
@@ -102,7 +108,7 @@ def chosen(row: Row) -> affine.Config:
     """What a product takes without being told."""
     if row.kind.entry is None:
         return affine.choose(problem_of(row))
-    return codebook.choose(problem_of(row), jnp.dtype(row.kind.entry).itemsize)
+    return codebook.choose(problem_of(row), entry_bytes(row.kind))
 
 
 Cut = tuple[int, int, int, int, int, int]  # block_m, block_k, row and k warpgroups, splits, cluster
@@ -130,7 +136,7 @@ def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
 def compared(row: Row) -> Iterator[affine.Config]:
     kind, m, n = row.kind, row.m, row.n
     if kind.entry is not None:
-        problem, size = problem_of(row), jnp.dtype(kind.entry).itemsize
+        problem, size = problem_of(row), entry_bytes(kind)
         best = sorted(candidates(problem), key=lambda config: estimate(problem, config, size))
         yield from best[1 : 1 + COMPARED]
         return
@@ -200,6 +206,10 @@ class Bench:
                 entries = jax.random.randint(keys[2], (row.n, 2**kind.bits), -127, 128)
                 arrays["codebook"] = entries.astype(jnp.dtype(kind.entry))
                 arrays["tables"] = codebook.prepare_tables(arrays["codebook"], kind.entry)
+                if kind.entry != "int8":
+                    fixed, units = codebook.fixed_point_tables(arrays["codebook"])
+                    arrays["byte_tables"] = codebook.prepare_tables(fixed, jnp.uint16)
+                    arrays["byte_scales"] = units * arrays["scales"].astype(jnp.float32)
             if kind.zeros:
                 arrays["zeros"] = jax.random.randint(keys[2], (groups, row.n), 0, 2**kind.bits).astype(jnp.uint8)
             made.append(arrays)
@@ -258,7 +268,9 @@ class Bench:
             static: dict[str, Any] = dict(bits=kind.bits, outputs=row.n, config=config, out_dtype=jnp.bfloat16)
             if kind.entry is None:
                 return affine.affine_matmul(**inputs, **arrays, **static, group_size=kind.group_size)
-            arrays = {name: array for name, array in arrays.items() if name != "codebook"}
+            if in_pieces(row) and kind.entry != "int8":
+                arrays |= {"tables": arrays["byte_tables"], "scales": arrays["byte_scales"]}
+            arrays = {name: arrays[name] for name in ("words", "tables", "scales")}
             if in_pieces(row):
                 pieces, x_scales = codebook.split_row(inputs["x"])
                 inputs, static["pieces"] = {"x": pieces, "x_scales": x_scales}, codebook.PIECES

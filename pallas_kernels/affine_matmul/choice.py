@@ -1,8 +1,33 @@
-"""Which configuration a shape gets: a rule for each range of tokens, then the first candidate that fits."""
+"""Which configuration a shape gets: the first candidate that fits, in an order that was found on an H200.
+
+Up to 64 tokens rules say what comes first. With more, the tensor core's time counts: of blocks of different size those
+whose rounds over all multiprocessors take least, the incomplete last round counted whole.
+"""
 
 from dataclasses import replace
 
 from pallas_kernels.affine_matmul.config import MULTIPROCESSORS, Config, Problem, runs_on, supported_config
+from pallas_kernels.affine_matmul.parts import Rounds
+
+# Blocks for many tokens, and their time for an output and a token beside that of the first, at 2048 tokens of 8192
+# inputs: of 16-bit tokens, of 8-bit tokens with groups, and without.
+_WIDE = (
+    (Config(256, 128, 2, scale="operand"), 1.0),
+    (Config(128, 128, 3, scale="operand"), 1.02),
+    (Config(128, 128, 2, scale="operand", cluster=2), 1.1),
+)
+_GROUPS = (
+    (Config(128, 256, 2), 1.0),
+    (Config(128, 256, 2, cluster=2), 0.94),
+    (Config(96, 256, 3), 0.92),
+)
+_ROWS = (
+    (Config(256, 128, 2), 1.0),
+    (Config(128, 128, 3), 1.04),
+    (Config(160, 128, 2), 1.1),
+    (Config(128, 128, 2, cluster=2), 1.18),
+)
+_SPLIT = 1.25  # what sums of split inputs cost, read and written by another kernel
 
 
 def choose(problem: Problem) -> Config:
@@ -23,34 +48,59 @@ def candidates(problem: Problem) -> list[Config]:
     """Configurations in order of preference; not all of them fit."""
     tokens = problem.tokens
     wide = next((width for width in (8, 16, 32, 64, 128) if tokens <= width), 128)
-    found = []
-    if tokens <= 16:
-        for rows, parts, block_k in ((2, 2, 512), (2, 2, 256), (1, 4, 512), (1, 1, 128)):
-            found += [_sized(problem, Config(wide, block_k, rows, parts))]
-    elif tokens <= 64:
-        for rows, parts, block_k in ((4, 1, 128), (2, 2, 256), (2, 1, 128)):
-            found += [_sized(problem, Config(wide, block_k, rows, parts))]
-    elif problem.x_bytes == 2 and tokens > 128:
-        found += [_sized(problem, Config(256, block_k, 2, scale="operand")) for block_k in (128, 64)]
-    elif problem.group_size is None and tokens > 128:
-        found += [_sized(problem, Config(256, 128, 2))]
-    if tokens > 64:
+    if tokens <= 64:
+        found = _few(problem, wide)
+    else:
+        found = [] if tokens <= 128 and problem.x_bytes == 2 else _many(problem)
         found += [_sized(problem, Config(128, block_k, 2)) for block_k in (256, 128, 64)]
-        if runs_on(problem):  # their sums leave registers for these; not measured yet
-            found += [_sized(problem, config) for config in (Config(160, 128, 2), Config(96, 256, 3))]
     # whatever the group size: the smallest blocks
-    found += [_sized(problem, Config(wide, block_k, 1)) for block_k in (128, 64)]
-    return found
+    return found + [_sized(problem, Config(wide, block_k, 1)) for block_k in (128, 64)]
 
 
-def _sized(problem: Problem, config: Config) -> Config:
-    """The same blocks with as many stages as fit, and parts of the inputs so that every multiprocessor has work."""
+def _few(problem: Problem, wide: int) -> list[Config]:
+    tokens, blocks = problem.tokens, -(-problem.outputs // 64)
+    found = []
+    if blocks > MULTIPROCESSORS:
+        if problem.x_bytes == 2 and tokens <= 16:
+            found += [Config(wide, 1024, 1, 4, cluster=2)]
+    elif 2 * blocks >= MULTIPROCESSORS - 8:  # blocks of 64 outputs for half of the multiprocessors
+        if problem.x_bytes == 1 and problem.inputs <= 4096:
+            return [_sized(problem, Config(wide, block_k, 1, 4), parts=False) for block_k in (512, 256)]
+        if tokens > 16:
+            found += [Config(wide, 256, 1, 4, cluster=2)]
+    shapes = ((2, 2, 512), (2, 2, 256), (1, 4, 512), (1, 1, 128)) if tokens <= 16 else ((4, 1, 128), (2, 2, 256))
+    found += [Config(wide, block_k, rows, parts) for rows, parts, block_k in shapes]
+    return [_sized(problem, config) for config in found]
+
+
+def _many(problem: Problem) -> list[Config]:
+    """Blocks for many tokens, the fastest first."""
+    blocks = _WIDE if problem.x_bytes == 2 else _GROUPS if runs_on(problem) else _ROWS
+    timed = [(_sized(problem, config), time) for config, time in blocks]
+    return [config for config, _ in sorted(timed, key=lambda pair: _rounds(problem, pair[0]) * pair[1])]
+
+
+def _rounds(problem: Problem, config: Config) -> float:
+    """The time of all rounds, in outputs times tokens of a multiprocessor."""
+    items = -(-problem.outputs // config.rows) * -(-problem.tokens // config.block_m) * config.splits
+    rounds = Rounds(items, config.cluster, config.blocks)
+    shared = -(-(items - rounds.own * config.blocks) // (config.blocks // config.cluster))
+    turns = (rounds.own + shared / config.cluster) / config.splits
+    return turns * config.rows * config.block_m * (_SPLIT if config.splits > 1 else 1)
+
+
+def _sized(problem: Problem, config: Config, parts: bool = True) -> Config:
+    """The same blocks with as many stages as fit, and, if `parts`, so many parts of the inputs that every
+    multiprocessor has work."""
     blocks = -(-problem.outputs // config.rows) * -(-problem.tokens // config.block_m)
     steps = -(-problem.inputs // config.block_k)
     splits = 1
-    while blocks * splits * 2 <= MULTIPROCESSORS and steps >= splits * 4 and splits < 8:
+    while parts and config.cluster == 1 and blocks * splits * 2 <= MULTIPROCESSORS and steps >= splits * 4:
+        if splits == 8:
+            break
         splits *= 2
     stages = max(2, min(8, steps // splits))
     while stages > 2 and supported_config(problem, replace(config, stages=stages)) is not None:
         stages -= 1
-    return replace(config, stages=stages, splits=splits, blocks=min(config.blocks, blocks * splits))
+    ctas = min(MULTIPROCESSORS, blocks * splits * config.cluster)
+    return replace(config, stages=stages, splits=splits, blocks=ctas)

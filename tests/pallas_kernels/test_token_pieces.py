@@ -12,6 +12,7 @@ from pallas_kernels.affine_matmul.config import Problem
 from pallas_kernels.codebook_matmul import (
     PIECES,
     codebook_matmul,
+    fixed_point,
     prepare_tables,
     split_row,
     split_token,
@@ -165,9 +166,9 @@ def test_the_product_of_pieces_is_that_of_the_token(bits: int, dtype: str, entry
             codebook = jnp.asarray(rng.integers(-127, 128, shape), jnp.int8)
             table = np.asarray(codebook, np.float64)
         else:
-            whole = rng.integers(-LARGEST, LARGEST + 1, shape)
-            whole[:, 0] = LARGEST  # so that the unit is 1
-            codebook, unit = fixed_point_tables(jnp.asarray(whole, jnp.float32))
+            whole = rng.integers(-fixed_point.LARGEST, fixed_point.LARGEST + 1, shape)
+            whole[:, 0] = fixed_point.LARGEST  # so that the unit is 1
+            codebook, unit = fixed_point.fixed_point_tables(jnp.asarray(whole, jnp.float32))
             assert np.all(unit == 1)
             table = whole.astype(np.float64)
         table = np.broadcast_to(table, (outputs, 2**bits))
