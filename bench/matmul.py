@@ -14,6 +14,7 @@ Random weights: a layer of [N, K] is named by its model and place. Results go to
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -206,21 +207,25 @@ def packed_rows(op: Op, implementation: Any, n: int, k: int, tokens: Sequence[in
 def error_of(y: jax.Array, x: jax.Array, w: Any) -> float:
     """Of at most 64 tokens, against float32 on the decoded weight, and on the activations as they are quantized."""
     count = min(64, x.shape[0])  # filled up with zeros, to be compiled once
-    expected = exact_product(jnp.zeros((64, x.shape[1]), x.dtype).at[:count].set(x[:count]), w)[:count]
+    full = jnp.zeros((64, x.shape[1]), x.dtype).at[:count].set(x[:count])
+    expected = float_product(*decoded(full, w))[:count]
     return float(jnp.linalg.norm(y[:count].astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
 
 
 @jax.jit
-def exact_product(x: jax.Array, w: Any) -> jax.Array:
+def decoded(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
+    """Tokens as they are quantized, and the weight, in float32."""
     x = x.astype(jnp.float32)
-    kept = w.outliers
-    columns = x if kept is None else x[:, base_columns(kept.index, w.weight.shape[1])]
-    columns = columns if w.activation is None else fake_quantize(columns, w.activation)
-    dense = jq.dequantize(jq.QuantizedLinear(w.weight, residual=w.residual))
-    total = jnp.dot(columns, dense.T, precision="highest")
-    if kept is None:
-        return total
-    return total + jnp.dot(x[:, kept.index], kept.weight.astype(jnp.float32).T, precision="highest")
+    if w.activation is not None:
+        columns = slice(None) if w.outliers is None else base_columns(w.outliers.index, w.weight.shape[1])
+        x = x.at[:, columns].set(fake_quantize(x[:, columns], w.activation))
+    return x, jq.dequantize(dataclasses.replace(w, activation=None)).astype(jnp.float32)
+
+
+@jax.jit
+def float_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """By itself: XLA takes ten seconds to compile it, once for all kinds of weights of a shape."""
+    return jnp.dot(x, w.T, precision="highest")
 
 
 def dense_times(n: int, k: int, tokens: Sequence[int]) -> dict[int, float]:

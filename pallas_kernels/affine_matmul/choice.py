@@ -14,12 +14,13 @@ from pallas_kernels.affine_matmul.parts import Rounds
 _WIDE = (
     (Config(256, 128, 2, scale="operand"), 1.0),
     (Config(128, 128, 3, scale="operand"), 1.02),
-    (Config(128, 128, 2, scale="operand", cluster=2), 1.1),
+    (Config(128, 128, 2, scale="operand", cluster=2), 1.17),
 )
 _GROUPS = (
     (Config(128, 256, 2), 1.0),
-    (Config(128, 256, 2, cluster=2), 0.94),
-    (Config(96, 256, 3), 0.92),
+    (Config(128, 256, 2, cluster=2), 0.975),
+    (Config(96, 256, 3), 0.91),
+    (Config(160, 256, 2), 0.93),
 )
 _ROWS = (
     (Config(256, 128, 2), 1.0),
@@ -68,7 +69,11 @@ def _few(problem: Problem, wide: int) -> list[Config]:
             return [_sized(problem, Config(wide, block_k, 1, 4), parts=False) for block_k in (512, 256)]
         if tokens > 16:
             found += [Config(wide, 256, 1, 4, cluster=2)]
-    shapes = ((2, 2, 512), (2, 2, 256), (1, 4, 512), (1, 1, 128)) if tokens <= 16 else ((4, 1, 128), (2, 2, 256))
+    shapes: tuple[tuple[int, int, int], ...] = ((2, 2, 512), (2, 2, 256), (1, 4, 512), (1, 1, 128))
+    if tokens > 16:
+        shapes = ((4, 1, 128), (2, 2, 256)) if problem.x_bytes == 1 else ((2, 2, 256), (4, 1, 128))
+    elif tokens > 8 and problem.x_bytes == 1 and blocks > MULTIPROCESSORS:
+        shapes = ((4, 1, 256), *shapes)
     found += [Config(wide, block_k, rows, parts) for rows, parts, block_k in shapes]
     return [_sized(problem, config) for config in found]
 

@@ -104,12 +104,16 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     words = config.rows * config.block_k * problem.bits // 8
     stage = words + config.block_m * config.block_k * problem.x_bytes
     if problem.group_size is not None:
-        groups = max(1, config.block_k // problem.group_size)
         scale = 4 if problem.scale_dtype == "float32" else 2
-        stage += groups * config.rows * (scale + problem.has_zeros)
+        stage += _groups(problem, config) * config.rows * (scale + problem.has_zeros)
     stage += config.row_warpgroups * (config.block_k // 128) * problem.entry_words * 4
     others = config.k_warpgroups - 1 + config.cluster - 1  # whose sums are handed over
     return config.stages * stage + others * config.rows * config.block_m * problem.planes * 4
+
+
+def _groups(problem: Problem, config: Config) -> int:
+    """Groups of inputs in a stage."""
+    return max(1, config.block_k // (problem.group_size or config.block_k))
 
 
 def supported_config(problem: Problem, config: Config) -> str | None:
@@ -130,6 +134,8 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return f"block_k={config.block_k} and group_size={group}: neither is a multiple of the other"
     if group is not None and (per_warpgroup % group and group % per_warpgroup):
         return f"{per_warpgroup} inputs a warpgroup and group_size={group}: neither is a multiple of the other"
+    if problem.has_zeros and (size := _groups(problem, config) * config.rows) % 128:
+        return f"the zero points of a stage are {size} bytes; expected a multiple of 128, as copies need them"
     if runs_on(problem) and SEGMENT % per_warpgroup:
         return f"{per_warpgroup} inputs a warpgroup do not divide the {SEGMENT} after which running sums start anew"
     if config.scale == "operand" and problem.x_dtype == "int8":
