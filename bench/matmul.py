@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,9 +131,11 @@ def timed(
 ) -> dict[int, dict[str, Any]]:
     """For each number of tokens m the time of f(x, w) and about(m, y, x), or the error.
 
-    Compiled for all numbers of tokens at once: it is most of the time of a run, and the host has cores to spare."""
+    Compiled for all numbers of tokens at once: it is most of the time of a run, and the host has cores to spare. Nothing
+    is timed before all are done, since XLA tries its products out on the device."""
     xs = {m: tokens_of(m, k) for m in tokens}
     compiled = {m: _COMPILERS.submit(lambda x: jax.jit(f).lower(x, weights[0]).compile(), x) for m, x in xs.items()}
+    wait(compiled.values())
     rows = {}
     for m, program in compiled.items():
         try:
@@ -151,8 +153,8 @@ def tokens_of(m: int, k: int) -> jax.Array:
 def random_weights(spec: str, n: int, k: int) -> list[Any]:
     """Random packed weights, prepared."""
     parsed = QuantSpec.parse(spec)
-    first = random_weight(parsed, n, k, 0)
-    return [jq.prepare(random_weight(parsed, n, k, i)) for i in range(copies_of(jq.size_bytes(first)))]
+    made = [jq.prepare(random_weight(parsed, n, k, 0))]
+    return made + [jq.prepare(random_weight(parsed, n, k, i)) for i in range(1, copies_of(jq.size_bytes(made[0])))]
 
 
 def random_weight(spec: QuantSpec, n: int, k: int, seed: int) -> Any:
