@@ -131,8 +131,8 @@ def timed(
 ) -> dict[int, dict[str, Any]]:
     """For each number of tokens m the time of f(x, w) and about(m, y, x), or the error.
 
-    Compiled for all numbers of tokens at once: it is most of the time of a run, and the host has cores to spare. Nothing
-    is timed before all are done, since XLA tries its products out on the device."""
+    Compiled for all numbers of tokens at once: it is most of the time of a run, and the host has cores to spare.
+    Nothing is timed before all are done, since XLA tries its products out on the device."""
     xs = {m: tokens_of(m, k) for m in tokens}
     compiled = {m: _COMPILERS.submit(lambda x: jax.jit(f).lower(x, weights[0]).compile(), x) for m, x in xs.items()}
     wait(compiled.values())

@@ -36,14 +36,14 @@ from pallas_kernels.device import no_hopper
 Packed = AffineWeight | CodebookWeight
 
 # Up to so many tokens sparse entries have a product of their own. Measured on an H200, 28672 x 8192 and 0.45 % of them,
-# microseconds over those of the base alone, by themselves and inside its product (3 bits with tables; 4 bits, groups):
+# microseconds over those of the base alone, 3 bits with tables, by themselves and inside its product:
 #
-#     tokens       1          8         16          64         256         2048
-#     base         38.5 34.4  38.4      45.4 36.4   67.9 60.8  165  168    1188 1207
-#     by row        8.8  9.6  23.2      25.5 25.6   72.5 73.2  279  277    2169 2172
-#     inside       17.4 19.5  29.5      26.1 30.3   26.0 29.2   30   31     128  166
+#     tokens       1     16     64    256    2048
+#     base        31.8   42.1   67.9   165   1188
+#     by row       4.2   17.9   72.5   279   2169
+#     inside      23.8   29.2   26.0    30    128
 #
-# That was before the product by row asked for more loads at once and wrote the output's own type.
+# (from 64 tokens on, by row before it wrote the output's own type; inside, one token has 16-bit operands)
 ROWS_TOKENS = 16
 
 

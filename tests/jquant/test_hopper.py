@@ -102,6 +102,12 @@ LAYERS = {
 GROUPED = ("w4-g64", "w4-g128-sym", "w3-g64", "w2-g64", "w8", "w4-g64+s2%", "w4-g64 with zero scales+s2%")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests take the ways of large weights."""
+    monkeypatch.setattr(preparation, "SMALL", 0)
+
+
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the device were a Hopper GPU: programs can be lowered for it, not run."""
@@ -144,6 +150,10 @@ def test_one_token_is_split_beside_tables(monkeypatch: pytest.MonkeyPatch) -> No
         program = lower_for_gpu(linear, jax.ShapeDtypeStruct((1, K), dtype), ready)
         assert count_kernels(program) == program.count('name = "split_row"') == 1 and "mosaic_gpu" in program
     assert "pieces" not in choose(prepare(LAYERS["w4a8-codebook-int8-actsym"]), 1).reason
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "SMALL", 2**24)
+        assert "pieces" not in choose(prepare(LAYERS["w4-codebook"]), 1).reason
+        assert "pieces" in choose(prepare(LAYERS["w4-codebook-int8"]), 1).reason
     # entries of their own product leave the base's to pieces; in one product they need 16-bit operands
     assert "pieces" in choose(prepare(LAYERS["w4-codebook-int8+s2%"]), 1).reason
     monkeypatch.setattr(hopper, "ROWS_TOKENS", 0)
