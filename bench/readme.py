@@ -1,4 +1,4 @@
-"""The README's tables, made from bench/results: `python -m bench.readme`."""
+"""The README's tables, and bench/results/matmul.md, made from bench/results: `python -m bench.readme`."""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from typing import Any
 
 from bench.record import RESULTS
 
+SHOWN = ("70b gate", "7b o")  # shapes in the README; all are in bench/results/matmul.md
+QUICK = (1, 16, 64, 256, 2048)
 README = Path(__file__).parent.parent / "README.md"
 MODEL = "smollm2-135m-instruct"
 
@@ -15,6 +17,7 @@ def main() -> None:
     put("quality", quality())
     put("quantize", quantize())
     put("kernels", kernels())
+    (RESULTS / "matmul.md").write_text(all_products())
     put("speed", speed())
 
 
@@ -79,21 +82,42 @@ def quantize() -> str:
 
 
 def kernels() -> str:
-    """One linear layer on a GPU: the ratio to dense bfloat16, by the number of tokens."""
+    """One linear layer on a GPU, two shapes and some numbers of tokens."""
     data = read("matmul")
-    shapes = {row["shape"]: (row["n"], row["k"]) for row in data["rows"]}
-    tables = []
-    for shape, (n, k) in shapes.items():
-        rows = [row for row in data["rows"] if row["shape"] == shape and "ratio" in row]
-        tokens = sorted({row["m"] for row in rows})
-        dense = {row["m"]: row["dense_us"] for row in rows}
-        lines = [("dense bfloat16, us", *(f"{dense[m]:.0f}" for m in tokens))]
-        for op in dict.fromkeys(row["op"] for row in rows):
-            found = {row["m"]: row["ratio"] for row in rows if row["op"] == op}
-            lines.append((op, *(f"{found[m]:.2f}" if m in found else "" for m in tokens)))
-        tables.append(markdown((f"N={n}, K={k}; tokens:", *map(str, tokens)), lines))
-    about = f"One {data['environment']['device']}, device time, times as fast as XLA's dense bfloat16 product."
+    tables = [products(data, shape, QUICK, True) for shape in SHOWN]
+    about = (
+        f"One {data['environment']['device']}, device time, times as fast as XLA's dense bfloat16 product; in brackets "
+        "what the roofline of the measured copy bandwidth and peaks allows."
+    )
     return "\n\n".join([about, *tables])
+
+
+def all_products() -> str:
+    """Every shape and number of tokens of the same result."""
+    data = read("matmul")
+    about = (
+        f"# One linear layer on one {data['environment']['device']}\n\nTimes as fast as XLA's dense bfloat16 product "
+        "of the same shape in the same process; `python -m bench.matmul`, this page by `python -m bench.readme`. "
+        "Bytes, bandwidth, errors and ceilings are in matmul.json."
+    )
+    tokens = sorted({row["m"] for row in data["rows"]})
+    shapes = dict.fromkeys(row["shape"] for row in data["rows"])
+    tables = [f"{shape[0].upper()}{shape[1:]}\n\n{products(data, shape, tokens, False)}" for shape in shapes]
+    return "\n\n".join([about, *tables]) + "\n"
+
+
+def products(data: dict[str, Any], shape: str, tokens: Sequence[int], ceilings: bool) -> str:
+    """A table of ratios by the number of tokens, a line a kind of product."""
+    rows = [row for row in data["rows"] if row["shape"] == shape and "ratio" in row]
+    dense = {row["m"]: row["dense_us"] for row in rows}
+    lines = [("dense bfloat16, us", *(f"{dense[m]:.0f}" for m in tokens))]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        found = {row["m"]: row for row in rows if row["op"] == op}
+        cells = [f"{found[m]['ratio']:.2f}" if m in found else "" for m in tokens]
+        if ceilings:
+            cells = [f"{cell} ({found[m]['ceiling']:.2f})" for cell, m in zip(cells, tokens, strict=True) if m in found]
+        lines.append((op, *cells))
+    return markdown((f"N={rows[0]['n']}, K={rows[0]['k']}; tokens:", *map(str, tokens)), lines)
 
 
 def speed() -> str:
