@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
+from pallas_kernels.affine_matmul.epilogue import row_of
 from pallas_kernels.codebook_matmul.decode import biased_table, decode_tile, table_words
 from pallas_kernels.codebook_matmul.registers import Registers, unknown_one
 from pallas_kernels.compat import Value, arith, constant
@@ -56,9 +57,7 @@ class TableDecoder:
 
 def _own_rows(first_row: Value, rows: int) -> list[Value]:
     """Rows r0 = first_row + 16 * warp + lane // 4 and r1 = r0 + 8 of a thread, less than `rows`."""
-    thread = compat.thread_in_warpgroup()
-    warp, group = arith.shrui(thread, constant(5)), arith.andi(arith.shrui(thread, constant(2)), constant(7))
-    row = arith.addi(first_row, arith.addi(arith.muli(warp, constant(16)), group))
+    row = arith.addi(first_row, row_of(compat.thread_in_warpgroup()))
     return [arith.minui(own, constant(rows - 1)) for own in (row, arith.addi(row, constant(8)))]
 
 
