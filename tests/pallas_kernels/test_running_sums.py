@@ -156,7 +156,7 @@ def check(
     OUTPUTS]; the row and token of register i are i // 2 and i % 2."""
     inputs = operands.shape[1]
     problem = affine.Problem(8, 64, inputs, bits, group_size, has_zeros, "int8", "float32")
-    config = affine.Config(8, block_k, 1)
+    config = affine.Config(8, block_k, 1 + has_zeros)  # zero points come in whole copies
     assert affine.supported_config(problem, config) is None
     factor = byte_factor(bits, has_zeros)
     each = np.stack([operands[i // 2].astype(np.int64) * tokens[i % 2] for i in range(REGISTERS)])
