@@ -117,8 +117,7 @@ def compared(row: Row) -> Iterator[affine.Config]:
         yield from best[1 : 1 + COMPARED]
         return
     for block_m, block_k, rows, parts, splits, cluster in cuts(kind, m, n):
-        blocks = min(132, -(-n // (64 * rows)) * -(-m // block_m) * splits)
-        blocks = blocks if cluster == 1 else 132
+        blocks = 132 if cluster > 1 else min(132, -(-n // (64 * rows)) * -(-m // block_m) * splits)
         for scale in ("operand", "sum") if kind.x != "int8" and m > 64 else ("sum",):
             yield affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, cluster)
 

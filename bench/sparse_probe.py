@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--size", default=f"{N},{K}", help="N,K")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--rows", action="store_true")
+    parser.add_argument("--rows", action="store_true", help="only the product by row, in many configurations")
     options = parser.parse_args()
     n, k = (int(text) for text in options.size.split(","))
     tokens = [int(text) for text in options.tokens.split(",")]

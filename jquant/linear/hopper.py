@@ -198,10 +198,9 @@ def _base(x: jax.Array, base: Packed, out_dtype: DTypeLike, **more: Any) -> jax.
 
 
 def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
-    if x.dtype == jnp.bfloat16:
-        problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")))
-        if problem.x_dtype == "float16":
-            x, more["x_scales"] = half_tokens.convert(x)
+    problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")))
+    if problem.x_dtype != x.dtype.name:
+        x, more["x_scales"] = half_tokens.convert(x)
     more |= {"bits": base.bits, "outputs": base.shape[0], "group_size": _group_size(base), "out_dtype": out_dtype}
     return affine_matmul.affine_matmul(x, base.codes, base.scales, base.zeros, **more)
 
@@ -214,7 +213,7 @@ def _codebook(x: jax.Array, base: CodebookWeight, out_dtype: DTypeLike, **more: 
         x, more["x_scales"] = codebook_matmul.split_row(x)
         if not is_snapped(base):
             tables, scales = base.byte_tables, base.byte_scales
-    elif is_snapped(base) and x.dtype == jnp.bfloat16:
+    elif problem.x_dtype != x.dtype.name:
         x, more["x_scales"] = half_tokens.convert(x)
     elif not is_snapped(base) and x.dtype != jnp.bfloat16:  # float16 entries are exact
         tables = codebook_matmul.prepare_tables(base.codebook, x.dtype)

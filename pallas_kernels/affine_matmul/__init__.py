@@ -12,7 +12,7 @@ arXiv 2408.11743, with `wgmma`, whose register operand they are: outputs are the
 columns, and few tokens waste nothing).
 
 With groups and more tokens than a warpgroup can keep group sums of, weights are scaled in the type of x, which rounds
-them: by 2**-9 in bfloat16, by 2**-12 in float16, for which few scales are too large or too small (`fits_half`).
+them: by up to 2**-8 in bfloat16, 2**-11 in float16, for which few scales are too large or too small (`fits_half`).
 
 `affine_matmul` is the product, `supported` says whether a shape has it, `choose` which configuration it gets.
 """

@@ -7,7 +7,7 @@ whose rounds over all multiprocessors take least, the incomplete last round coun
 from dataclasses import replace
 
 from pallas_kernels.affine_matmul.config import MULTIPROCESSORS, Config, Problem, runs_on, supported_config
-from pallas_kernels.affine_matmul.parts import Rounds
+from pallas_kernels.affine_matmul.rounds import Rounds
 
 # Blocks for many tokens, and their time for an output and a token beside that of the first, at 2048 tokens of 8192
 # inputs: of 16-bit tokens, of 8-bit tokens with groups, and without.
@@ -88,9 +88,7 @@ def _many(problem: Problem) -> list[Config]:
 def _rounds(problem: Problem, config: Config) -> float:
     """The time of all rounds, in outputs times tokens of a multiprocessor."""
     items = -(-problem.outputs // config.rows) * -(-problem.tokens // config.block_m) * config.splits
-    rounds = Rounds(items, config.cluster, config.blocks)
-    shared = -(-(items - rounds.own * config.blocks) // (config.blocks // config.cluster))
-    turns = (rounds.own + shared / config.cluster) / config.splits
+    turns = Rounds(items, config.cluster, config.blocks).turns / config.splits
     return turns * config.rows * config.block_m * (_SPLIT if config.splits > 1 else 1)
 
 

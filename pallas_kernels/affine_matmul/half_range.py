@@ -1,8 +1,9 @@
 """Whether the weights of groups can be float16, which has more mantissa than bfloat16 and less range.
 
 A kernel that scales weights in 16 bits makes float16(float16(scales[g, n]) * (codes[n, k] - zeros[g, n])). That errs by
-2**-12 of a weight if nothing goes wrong: a product that overflows is infinite, a scale below 6e-5 has fewer bits or
-none. A product below 6e-5 is exact: a whole number of 2**-24, like the scale. So two facts about the scales decide.
+2**-11 of a weight at most if nothing goes wrong: a product that overflows is infinite, a scale below 6e-5 has fewer
+bits or none. A product below 6e-5 is exact: a whole number of 2**-24, like the scale. So two facts about the scales
+decide.
 """
 
 from typing import Any

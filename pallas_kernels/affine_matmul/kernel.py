@@ -30,8 +30,9 @@ from pallas_kernels import compat
 from pallas_kernels.affine_matmul import running_sums
 from pallas_kernels.affine_matmul.config import Config, Problem, registers_of_sums, runs_on
 from pallas_kernels.affine_matmul.epilogue import store_block
-from pallas_kernels.affine_matmul.parts import Rounds, add_parts, add_shares, leave_together, parts_scratch
+from pallas_kernels.affine_matmul.parts import add_parts, add_shares, leave_together, parts_scratch
 from pallas_kernels.affine_matmul.register_decode import byte_factor
+from pallas_kernels.affine_matmul.rounds import Rounds
 from pallas_kernels.affine_matmul.warpgroup import Decoder, warpgroup_step
 
 Refs = dict[str, Any]

@@ -1,18 +1,15 @@
-"""Sums of warpgroups that share outputs, added by the first of them; and the blocks that a cluster shares.
+"""Sums of warpgroups that share outputs, in a CTA or a cluster, added by the first of them.
 
 In a CTA `k_warpgroups` warpgroups share the inputs of a stage. All but the first hand over their sums in shared memory,
 [row warpgroups, k_warpgroups - 1, 128 * registers], and wait until those are read before they hand over the next.
 
-Blocks of outputs seldom come in multiples of the CTAs there are: N = 28672 in blocks of 128 are 1.7 rounds of 132, and
-the second round takes as long as the first. So, in clusters, every CTA has as many blocks of its own as are there for
-all of them; of the rest, each cluster takes one at a time, and its CTAs each a part of the inputs (`Rounds`). Their
-sums go to the shared memory of the first CTA, [row warpgroups, cluster - 1, 128 * registers].
+The CTAs of a cluster that share a block of outputs (`pallas_kernels.affine_matmul.rounds`) send their sums to the
+shared memory of the first, [row warpgroups, cluster - 1, 128 * registers].
 
 A barrier of a cluster counts an arrival in each of its CTAs, so each side of a hand-over arrives in full: the one that
 adds says that its part is there, too, and the others that they do not read.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -26,34 +23,6 @@ from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops
 from pallas_kernels.affine_matmul.config import Config
 from pallas_kernels.compat import arith, constant
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounds:
-    """Which of `items` blocks a CTA computes, in which order: `own` alone, then what its cluster shares."""
-
-    items: int
-    cluster: int
-    ctas: int
-
-    @property
-    def own(self) -> int:
-        return self.items // self.ctas if self.cluster > 1 else 0
-
-    def count(self, cluster: Any) -> Any:
-        """How many blocks a CTA of the cluster number `cluster` computes."""
-        clusters = self.ctas // self.cluster
-        rest = self.items - self.own * self.ctas
-        return self.own + lax.div(rest + clusters - 1 - cluster, jnp.int32(clusters))
-
-    def item(self, index: Any, cluster: Any, rank: Any) -> tuple[Any, Any]:
-        """The block number `index` of a CTA, and whether its cluster shares it."""
-        clusters = self.ctas // self.cluster
-        together = self.own * self.ctas + cluster + (index - self.own) * clusters
-        if not self.own:
-            return together, self.cluster > 1
-        shared = index >= self.own
-        return jnp.where(shared, together, cluster * self.cluster + rank + index * self.ctas), shared
 
 
 def parts_scratch(config: Config, sums: int, kind: Any) -> dict[str, Any]:

@@ -11,14 +11,8 @@ import itertools
 import math
 from dataclasses import replace
 
-from pallas_kernels.affine_matmul.config import (
-    MULTIPROCESSORS,
-    Config,
-    Problem,
-    no_entries,
-    supported_config,
-)
-from pallas_kernels.affine_matmul.parts import Rounds
+from pallas_kernels.affine_matmul.config import MULTIPROCESSORS, Config, Problem, no_entries, supported_config
+from pallas_kernels.affine_matmul.rounds import Rounds
 from pallas_kernels.codebook_matmul.decode import INTEGER_OPERATIONS
 from pallas_kernels.int_matmul import LONGEST_SUM
 
@@ -108,12 +102,11 @@ def estimate(problem: Problem, config: Config, entry_bytes: int | None = None) -
     look_ups = weights * (operations + _OVERHEAD) / _INTEGER_OPERATIONS
     products = problem.planes * weights * config.block_m / (_PRODUCTS * (2 if problem.x_bytes == 1 else 1))
     rounds = Rounds(items, config.cluster, config.blocks)
-    shared = -(-(items - rounds.own * config.blocks) // (config.blocks // config.cluster))  # of a cluster together
     # With many tokens two warpgroups hide look-ups and products behind each other, but not quite: of 128 tokens 4-bit
     # look-ups take 0.7 of the products' time, and add 0.2 of it.
     computing = math.hypot(look_ups, products) if config.block_m > 64 else max(look_ups, products)
     whole = max(memory, computing) + steps * _STEP + _BLOCK
-    time = rounds.own * whole + shared * (whole / config.cluster + (config.cluster > 1) * _HAND_OVER)
+    time = rounds.turns * whole + rounds.shared * (config.cluster > 1) * _HAND_OVER
     time += (words / share + x_bytes / _CACHE_BYTES) / steps  # nothing to compute before the first stage
     if config.splits > 1:
         sums = config.splits * problem.tokens * problem.outputs * 4

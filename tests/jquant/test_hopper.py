@@ -264,7 +264,7 @@ def test_the_product_is_that_of_the_decoded_weight(name: str, tokens: int) -> No
     y = jax.jit(linear, static_argnames="implementation")(x, prepare(w), implementation="pallas")
     expected = _expected(x, w)
     assert y.dtype == jnp.bfloat16 and y.shape == expected.shape
-    # bfloat16 outputs round to 2**-9, and those of few tokens may all lie where that counts most, above a power of two;
+    # bfloat16 outputs round to 2**-8, and those of few tokens may all lie where that counts most, above a power of two;
     # weights of groups are scaled in bfloat16 for many tokens if entries are added to them
     error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
     rounded = name == "w4-g64+s2%" and tokens > 128

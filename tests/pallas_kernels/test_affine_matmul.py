@@ -284,3 +284,47 @@ def test_product_equals_the_float32_reference(shape: tuple[Any, ...]) -> None:
     scaled = {"bfloat16": 3e-3, "float16": 4e-4, "int8": 2e-5}[shape[6]]
     tolerance = scaled if has_groups and shape[0] > 128 else 2e-5
     assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
+
+
+# M, N, K, ..; block_m, block_k, row and k warpgroups. Of four CTAs in two clusters: blocks of their own, one or more
+# that are shared, some by a cluster that has none left; inputs whose second half is shorter, or nothing.
+CLUSTERED = [
+    ((3, 700, 1152, 4, 128, False, "bfloat16", "float16"), (8, 256, 1, 4)),
+    ((16, 420, 4160, 3, None, False, "float16", "float16"), (16, 512, 1, 4)),
+    ((9, 640, 2944, 4, 128, True, "int8", "float16"), (16, 256, 2, 2)),
+    ((130, 1000, 1152, 4, 128, False, "int8", "bfloat16"), (128, 128, 2, 1)),
+    ((40, 90, 64, 8, None, False, "int8", "float32"), (64, 128, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("shape", "blocks"), CLUSTERED)
+def test_clusters_lower_for_cuda(shape: tuple[Any, ...], blocks: tuple[int, int, int, int]) -> None:
+    arrays, static, _ = arguments(shape)
+    config = affine.Config(*blocks, stages=2, blocks=4, cluster=2)
+
+    def run(arrays: dict[str, Any]) -> jax.Array:
+        return affine.affine_matmul(**arrays, **static, config=config)
+
+    assert "mosaic_gpu" in jax.jit(run).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "blocks"), CLUSTERED)
+def test_clusters_compute_the_same(shape: tuple[Any, ...], blocks: tuple[int, int, int, int]) -> None:
+    arrays, static, expected = arguments(shape)
+    config = affine.Config(*blocks, stages=2, blocks=4, cluster=2)
+    got = np.asarray(jax.jit(lambda arrays: affine.affine_matmul(**arrays, **static, config=config))(arrays))
+    assert np.linalg.norm(got - expected) <= 2e-5 * np.linalg.norm(expected)
+
+
+def test_a_cluster_that_cannot_be_is_refused() -> None:
+    arrays, static, _ = arguments(CLUSTERED[0][0])
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"blocks": 3, "cluster": 2}, "3 blocks do not come in clusters of 2"),
+        ({"blocks": 8, "cluster": 4}, "expected 1, or 2 and an even number"),
+        ({"blocks": 4, "cluster": 2, "splits": 2}, "both a cluster and another kernel would add sums"),
+    ]
+    for changes, reason in cases:
+        config = affine.Config(8, 256, 1, 4, stages=2, **changes)
+        with pytest.raises(ValueError, match=reason):
+            affine.affine_matmul(**arrays, **static, config=config)
