@@ -1,9 +1,18 @@
 """One program a few tokens: read once into registers, reduce, divide, write; the Triton backend of Pallas.
 
-Reading in slot order is a gather, which Mosaic GPU has none of. A program holds [block_m, columns rounded up to a power
-of two]; every column is read straight into the slot that it is written from, so no code moves between threads but
-to be stored 16 bytes wide. Ranges are reduced over integers that are ordered as the floats are: they tell which token
-is not finite, too.
+A program holds [block_m, slots rounded up to a power of two], and a thread reads the columns whose codes it writes, so
+that no code moves between threads. x comes in one of two ways:
+
+    words             x of 2 bytes, K a multiple of 16, nothing kept: x as int32 [M, K/2] of column pairs, codes as
+                      int32 [M, P/4]. In a block of 16 columns, word t of the codes is made of words t and t + 4 of x:
+
+                          bytes  0: column 2t    1: column 2t + 8    2: column 2t + 1    3: column 2t + 9
+
+                      A thread holds whole blocks, and everything is read and written 16 bytes at a time.
+    column by column  the others: a gather in slot order, which Mosaic GPU has none of. A load for every column, where
+                      words take one for 8, keeps the load unit busier than the memory.
+
+Ranges are reduced over integers that are ordered as the floats are: they tell which token is not finite, too.
 
 The quotient x / s must be rounded as IEEE says, or a code on the edge would differ from the specification. A full
 division costs some ten instructions; with the correctly rounded reciprocal y of s, q = x y and one correction
@@ -29,8 +38,15 @@ from pallas_kernels.activation_quantize.xla import (
 )
 
 LARGEST_K = 32768
+_WORDS = 4  # of the codes of a block of 16 columns
 _INFINITY = 0x7F800000
 _MAGIC = 12582912.0  # 1.5 * 2**23: v + _MAGIC holds the integer nearest to v in its low bits
+_PACK = """{
+    .reg .b32 low, high;
+    prmt.b32 low, $1, $2, 0x0040;
+    prmt.b32 high, $3, $4, 0x0040;
+    prmt.b32 $0, low, high, 0x5410;
+}"""
 _DIVIDE = """{
     .reg .f32 x, q, r;
     mul.rn.f32 x, $1, $4;
@@ -95,9 +111,11 @@ def quantize_rows(
     if columns is not None and columns.shape != (slots,):
         raise ValueError(f"columns has shape {columns.shape}; expected {(slots,)}, see slot_columns")
     config = default_config(tokens, slots) if config is None else config
-    body = functools.partial(_kernel, config.block_m, bits, symmetric, mode, kept, interpret)
+    body = functools.partial(_kernel, config.block_m, bits, symmetric, mode, kept, x.dtype, interpret)
     column = jax.ShapeDtypeStruct((tokens,), jnp.float32)
-    outputs = [jax.ShapeDtypeStruct((tokens, slots), jnp.int8), column]
+    in_words = kept == 0 and x.dtype.itemsize == 2 and width % (4 * _WORDS) == 0
+    codes = ((tokens, slots // 4), jnp.int32) if in_words else ((tokens, slots), jnp.int8)
+    outputs = [jax.ShapeDtypeStruct(*codes), column]
     outputs += [] if symmetric else [column]
     outputs += [jax.ShapeDtypeStruct((tokens, kept), x.dtype)] if kept else []
     codes, scales, *rest = pl.pallas_call(
@@ -107,87 +125,138 @@ def quantize_rows(
         compiler_params=pltriton.CompilerParams(num_warps=config.num_warps, num_stages=1),
         interpret=interpret,
         name="quantize_rows",
-    )(*([x, columns, index] if kept else [x]))
+    )(*([x, columns, index] if kept else [_column_pairs(x) if in_words else x]))
+    if in_words:  # the same bytes under another name, no copy
+        codes = jax.lax.bitcast_convert_type(codes, jnp.int8).reshape(tokens, slots)
     offsets = None if symmetric else rest[0][:, None]
     split = None if index is None else rest[-1] if kept else x[:, :0]
     return Quantized(codes, scales[:, None], offsets, split)
 
 
-def _kernel(block_m, bits, symmetric, mode, kept, interpret, x_ref, *refs):
+def _column_pairs(x):
+    """x [M, K] of 2 bytes -> int32 [M, K/2], the even column low; the same bytes under another name, no copy."""
+    return jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.int32)
+
+
+def _kernel(block_m, bits, symmetric, mode, kept, dtype, interpret, x_ref, *refs):
     columns_ref, index_ref, *outputs = refs if kept else (None, None, *refs)
     codes_ref, scales_ref, *rest = outputs
-    (tokens, width), slots = x_ref.shape, codes_ref.shape[1]
+    tokens, count = codes_ref.shape
     rows = pl.program_id(0) * block_m + jnp.arange(block_m, dtype=jnp.int32)
     inside = rows < tokens
     # the last program may reach beyond the tokens: it reads the last of them again and writes nothing there
-    source = jnp.minimum(rows, tokens - 1)[:, None]
+    source = jnp.minimum(rows, tokens - 1)
+    unit = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)  # a slot or a word of four
+    if codes_ref.dtype == jnp.int32:
+        parts, real = _load_words(x_ref, source, unit, dtype)
+    else:
+        parts, real = _load_columns(x_ref, columns_ref, source, unit, count, kept)
 
-    slot = jnp.arange(pl.next_power_of_2(slots), dtype=jnp.int32)
+    finite, codes, scales, offsets = _quantize(parts, bits, symmetric, mode, interpret)
+    codes = jnp.where(real[None] & finite[:, None], _pack(codes, interpret), 0).astype(codes_ref.dtype)
+    pltriton.store(codes_ref.at[_cells(rows, unit)], codes, mask=inside[:, None] & (unit < count)[None])
+    pltriton.store(scales_ref.at[rows], jnp.where(finite, scales, jnp.nan), mask=inside)
+    if offsets is not None:
+        pltriton.store(rest[0].at[rows], jnp.where(finite, offsets, jnp.nan), mask=inside)
+    if index_ref is not None:
+        entry = jnp.arange(pl.next_power_of_2(kept), dtype=jnp.int32)
+        column = pltriton.load(index_ref.at[jnp.minimum(entry, kept - 1)])
+        values = pltriton.load(x_ref.at[_cells(source, column)])
+        pltriton.store(rest[-1].at[_cells(rows, entry)], values, mask=inside[:, None] & (entry < kept)[None])
+
+
+def _load_words(x_ref, source, word, dtype):
+    """The columns of every byte of these words of the codes, four float32 [R, C], and which words are not padding [C].
+
+    As in `_load_columns`, padding reads columns that are there anyway: then it needs no care in the ranges.
+    """
+    # with a quotient and a remainder, not with masks, Triton sees runs of four
+    words = jnp.full_like(word, _WORDS)
+    block, place = jax.lax.div(word, words), jax.lax.rem(word, words)
+    real = block < x_ref.shape[1] // (2 * _WORDS)
+    near = 2 * _WORDS * jnp.where(real, block, 0) + place
+    near, far = (pltriton.load(x_ref.at[_cells(source, pair)]) for pair in (near, near + _WORDS))
+    return [_upper_half(pairs, dtype) for pairs in (near << 16, far << 16, near, far)], real
+
+
+def _load_columns(x_ref, columns_ref, source, slot, slots, kept):
+    """The columns of these slots, one float32 [R, C], and which slots are not padding [C]."""
     place = slot_places(slot)
-    real = place < width - kept
-    # padding reads a column that is there anyway: then it needs no care in the ranges
+    real = place < x_ref.shape[1] - kept
     if columns_ref is None:
         column = jnp.where(real, place, 0)
     else:
         column = pltriton.load(columns_ref.at[jnp.minimum(slot, slots - 1)])
-    shape = (block_m, slot.shape[0])
-    x = pltriton.load(x_ref.at[jnp.broadcast_to(source, shape), jnp.broadcast_to(column[None], shape)])
-    x = x.astype(jnp.float32)
-
-    codes, scales, offsets = _quantize(x, bits, symmetric, mode, interpret)
-    codes = jnp.where(real[None], codes, 0).astype(jnp.int8)
-    here = jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(slot[None], shape)
-    pltriton.store(codes_ref.at[here], codes, mask=inside[:, None] & (slot < slots)[None])
-    pltriton.store(scales_ref.at[rows], scales, mask=inside)
-    if offsets is not None:
-        pltriton.store(rest[0].at[rows], offsets, mask=inside)
-    if index_ref is not None:
-        entry = jnp.arange(pl.next_power_of_2(kept), dtype=jnp.int32)
-        column = pltriton.load(index_ref.at[jnp.minimum(entry, kept - 1)])
-        shape = (block_m, entry.shape[0])
-        values = pltriton.load(x_ref.at[jnp.broadcast_to(source, shape), jnp.broadcast_to(column[None], shape)])
-        here = jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(entry[None], shape)
-        pltriton.store(rest[-1].at[here], values, mask=inside[:, None] & (entry < kept)[None])
+    return [pltriton.load(x_ref.at[_cells(source, column)]).astype(jnp.float32)], real
 
 
-def _quantize(x, bits, symmetric, mode, interpret):
-    """x float32 [R, C] -> (codes int32 [R, C], scales [R], offsets [R] or None)."""
+def _cells(rows, columns):
+    """The indices of all columns of all rows."""
+    shape = rows.shape + columns.shape
+    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)
+
+
+def _upper_half(words, dtype):
+    """The number of type `dtype` in the upper half of every word, as float32."""
+    if dtype == jnp.bfloat16:
+        return _float(words & -(1 << 16))
+    halves = jax.lax.shift_right_logical(words, jnp.full_like(words, 16)).astype(jnp.int16)
+    return jax.lax.bitcast_convert_type(halves, dtype).astype(jnp.float32)
+
+
+def _pack(codes, interpret):
+    """The lowest bytes of four arrays as the bytes of words, the first one low; of one array, all of it."""
+    if len(codes) == 1:
+        return codes[0]
+    if interpret:
+        a, b, c, d = (code & 0xFF for code in codes)
+        return a | b << 8 | c << 16 | d << 24
+    return _asm(_PACK, *codes)
+
+
+def _quantize(parts, bits, symmetric, mode, interpret):
+    """The parts of R tokens, float32 [R, C] each -> (finite [R], codes, scales [R], offsets [R] or None).
+
+    Codes are int32 [R, C] for every part, of which the lowest byte counts. Where a token is not finite nothing counts.
+    """
     half, steps = 2 ** (bits - 1), 2**bits - 1
     if symmetric:
-        largest = jnp.max(_bits(x) & 0x7FFFFFFF, axis=1)
+        largest = _reduced(jnp.maximum, jnp.max, [_bits(x) & 0x7FFFFFFF for x in parts])
         finite = largest < _INFINITY
         largest = _float(jnp.where(finite, largest, 0))
         scales = _positive(_over(largest, _where(finite, half - 1.0), interpret))
-        codes = _integers(_quotient(x, scales, interpret)) & 0xFF
-        offsets = None
+        return finite, [_integers(q) for q in _quotients(parts, scales, interpret)], scales, None
+    keys = [_ordered(_bits(x)) for x in parts]
+    low, high = _reduced(jnp.minimum, jnp.min, keys), _reduced(jnp.maximum, jnp.max, keys)
+    finite = (low > _ordered_constant(0xFF800000)) & (high < _INFINITY)
+    low, high = _float(_ordered(jnp.where(finite, low, 0))), _float(_ordered(jnp.where(finite, high, 0)))
+    if mode == "simulation":
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    divisor = _where(finite, float(steps))
+    whole = high - low
+    scales = jnp.where(
+        (_bits(whole) & 0x7FFFFFFF) < _INFINITY,
+        _over(whole, divisor, interpret),
+        _over(high, divisor, interpret) - _over(low, divisor, interpret),
+    )
+    if mode == "kernel":
+        scales = jnp.maximum(scales, SMALLEST_SCALE)
+        # of a range beyond float32 the difference may be infinite: the largest code
+        quotients = _quotients([x - low[:, None] for x in parts], scales, interpret)
+        codes = [jnp.minimum(q, float(steps)) for q in quotients]
+        offsets = low + half * scales
     else:
-        key = _ordered(_bits(x))
-        low, high = jnp.min(key, axis=1), jnp.max(key, axis=1)
-        finite = (low > _ordered_constant(0xFF800000)) & (high < _INFINITY)
-        low, high = _float(_ordered(jnp.where(finite, low, 0))), _float(_ordered(jnp.where(finite, high, 0)))
-        if mode == "simulation":
-            low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-        divisor = _where(finite, float(steps))
-        whole = high - low
-        scales = jnp.where(
-            (_bits(whole) & 0x7FFFFFFF) < _INFINITY,
-            _over(whole, divisor, interpret),
-            _over(high, divisor, interpret) - _over(low, divisor, interpret),
-        )
-        if mode == "kernel":
-            scales = jnp.maximum(scales, SMALLEST_SCALE)
-            # of a range beyond float32 the difference may be infinite: the largest code
-            codes = jnp.minimum(_quotient(x - low[:, None], scales, interpret), float(steps))
-            offsets = low + half * scales
-        else:
-            scales = _positive(scales)
-            zeros = jnp.clip(_round(_over(-low, scales, interpret), interpret), 0.0, float(steps))
-            codes = _round(_quotient(x, scales, interpret), interpret) + zeros[:, None]
-            codes = jnp.clip(codes, 0.0, float(steps))
-            offsets = scales * (half - zeros)
-        codes = _integers(codes) - half
-        offsets = jnp.where(finite, offsets, jnp.nan)
-    return jnp.where(finite[:, None], codes, 0), jnp.where(finite, scales, jnp.nan), offsets
+        scales = _positive(scales)
+        zeros = jnp.clip(_round(_over(-low, scales, interpret), interpret), 0.0, float(steps))
+        quotients = _quotients(parts, scales, interpret)
+        codes = [jnp.clip(_round(q, interpret) + zeros[:, None], 0.0, float(steps)) for q in quotients]
+        offsets = scales * (half - zeros)
+    return finite, [_integers(code, -half) for code in codes], scales, offsets
+
+
+def _reduced(both, along, parts):
+    """[R] of parts [R, C], by a function of two arrays and the same along an axis."""
+    return along(functools.reduce(both, parts), axis=1)
 
 
 def _bits(x):
@@ -216,9 +285,9 @@ def _positive(scales):
     return jnp.where(scales == 0, 1.0, jnp.maximum(scales, TINY))
 
 
-def _integers(whole):
-    """float32 within 2**22 of zero -> the nearest int32 plus a multiple of 256, by one addition."""
-    return _bits(whole + _MAGIC)
+def _integers(x, more=0):
+    """float32 within 2**21 of zero -> the nearest int32 plus `more`, an even number, in the low bits; one addition."""
+    return _bits(x + (_MAGIC + more))
 
 
 def _round(x, interpret):
@@ -230,23 +299,24 @@ def _over(x, y, interpret):
     return x / y if interpret else _asm("div.rn.f32 $0, $1, $2;", x, y)
 
 
-def _quotient(x, scales, interpret):
-    """x [R, C] / scales [R], correctly rounded wherever the result is a code."""
+def _quotients(parts, scales, interpret):
+    """x [R, C] / scales [R] for every part x, correctly rounded wherever the result is a code."""
     if interpret:
         # spread first: XLA turns a division by one number a row into a product with its rounded reciprocal
-        return x / jax.lax.optimization_barrier(jnp.broadcast_to(scales[:, None], x.shape))
+        return [x / jax.lax.optimization_barrier(jnp.broadcast_to(scales[:, None], x.shape)) for x in parts]
     power = jnp.where(scales < 2.0**-60, 2.0**64, jnp.where(scales > 2.0**60, 2.0**-64, 1.0)).astype(jnp.float32)
     scales = scales * power
-    inverse = _asm("rcp.rn.f32 $0, $1;", scales)
-    return _asm(_DIVIDE, x, *(jnp.broadcast_to(row[:, None], x.shape) for row in (-scales, inverse, power)))
+    factors = -scales, _asm("rcp.rn.f32 $0, $1;", scales), power
+    return [_asm(_DIVIDE, x, *(jnp.broadcast_to(row[:, None], x.shape) for row in factors)) for x in parts]
 
 
 def _asm(code: str, *args: jax.Array) -> jax.Array:
+    register = "f" if args[0].dtype == jnp.float32 else "r"
     (value,) = pltriton.elementwise_inline_asm(
         code,
         args=args,
-        constraints="=f" + ",f" * len(args),
+        constraints=f"={register}" + f",{register}" * len(args),
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)],
     )
     return value

@@ -13,6 +13,14 @@ from pallas_kernels import activation_quantize as aq
 from pallas_kernels.fragments import slot_order
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
+# the second and third read words: K a multiple of 16, with and without padding up to 64
+COLUMNS: list[tuple[int, int, str]] = [
+    (200, 0, "bfloat16"),
+    (208, 0, "bfloat16"),
+    (128, 0, "float16"),
+    (203, 11, "float32"),
+    (64, 1, "float16"),
+]
 KINDS: list[tuple[bool, Any]] = [(True, "kernel"), (False, "kernel"), (False, "simulation")]
 
 
@@ -64,7 +72,7 @@ def _in_slots(codes: np.ndarray) -> np.ndarray:
     return np.pad(codes, ((0, 0), (0, slots - codes.shape[1])))[:, slot_order(slots)]
 
 
-@pytest.mark.parametrize(("columns", "kept", "dtype"), [(200, 0, "bfloat16"), (203, 11, "float32"), (64, 1, "float16")])
+@pytest.mark.parametrize(("columns", "kept", "dtype"), COLUMNS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_both_paths_give_the_codes_of_the_published_quantizers(columns: int, kept: int, dtype: str, bits: int) -> None:
     x = _tokens(columns, dtype)
@@ -111,6 +119,44 @@ def test_a_range_beyond_float32_has_a_finite_scale() -> None:
         np.testing.assert_array_equal(result.codes, _in_slots(np.asarray(tokens.codes)))
         np.testing.assert_array_equal(result.scales, tokens.scales)
         assert bool(jnp.all(jnp.isfinite(result.scales)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 16), (3, 80), (17, 192)])
+def test_words_of_columns_give_what_single_columns_give(tokens: int, columns: int, dtype: str) -> None:
+    """Against the same numbers in float32, which are read one by one, also where a token is not finite."""
+    x = np.random.default_rng(columns).normal(size=(tokens, columns)).astype(np.float32)
+    for i, value in enumerate([np.inf, -np.inf, np.nan, -np.nan]):
+        for place in (0, 1, 8, 9):  # each byte of a word
+            row = 1 + 4 * i + place % 8 + place // 8 * 2
+            if row < tokens:
+                x[row, columns - 16 + place] = value
+    narrow = jnp.asarray(x).astype(dtype)
+    for symmetric, mode in KINDS:
+        quantize = functools.partial(aq.quantize_rows, bits=8, symmetric=symmetric, mode=mode, interpret=True)
+        words, single = quantize(narrow), quantize(narrow.astype(jnp.float32))
+        jax.tree.map(np.testing.assert_array_equal, words, single)
+        finite = np.isfinite(x).all(axis=1)
+        assert finite.any() and np.array_equal(np.isfinite(words.scales[:, 0]), finite)
+        assert np.any(np.asarray(words.codes)[finite] != 0) and not np.any(np.asarray(words.codes)[~finite])
+
+
+def test_every_number_of_16_bits_is_read_from_either_half_of_a_word() -> None:
+    """A token of one number beside zeros: its scale says which number was read."""
+    for dtype in (jnp.bfloat16, jnp.float16):
+        numbers = np.arange(2**16, dtype=np.uint16).view(dtype)
+        # subnormal numbers as float32 are what a CPU may take for zeros
+        with np.errstate(invalid="ignore"):
+            wide = numbers.astype(np.float32)
+        numbers = numbers[np.isfinite(wide) & (np.abs(wide) >= 2.0**-100)]
+        x = np.zeros((len(numbers), 16), dtype)
+        x[np.arange(len(numbers)), np.arange(len(numbers)) % 16] = numbers
+        result = aq.quantize_rows(jnp.asarray(x), bits=8, symmetric=True, config=aq.Config(4096, 1), interpret=True)
+        scales = np.abs(numbers.astype(np.float32)) / np.float32(127)
+        np.testing.assert_array_equal(result.scales[:, 0], scales)
+        codes = np.zeros(x.shape, np.int8)
+        codes[np.arange(len(numbers)), np.arange(len(numbers)) % 16] = np.where(numbers < 0, -127, 127)
+        np.testing.assert_array_equal(result.codes, _in_slots(codes))
 
 
 def test_slots_hold_base_columns_in_the_order_of_fragments() -> None:
@@ -165,8 +211,14 @@ def test_lowers_for_a_gpu_as_one_kernel(tokens: int, columns: int, kept: int) ->
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 def test_the_kernel_on_the_device_divides_as_ieee_says() -> None:
-    for columns, kept in [(8192, 0), (11008, 256), (200, 7)]:
-        x = _tokens(columns, "bfloat16")
+    for columns, kept, dtype in [
+        (8192, 0, "bfloat16"),
+        (28688, 0, "float16"),
+        (200, 0, "bfloat16"),
+        (11008, 256, "bfloat16"),
+        (200, 7, "bfloat16"),
+    ]:
+        x = _tokens(columns, dtype)
         index = np.sort(np.random.default_rng(1).choice(columns, kept, replace=False)).astype(np.int32)
         split = (aq.slot_columns(columns, index), jnp.asarray(index)) if kept else (None, None)
         base = np.delete(np.asarray(x.astype(jnp.float32)), index, axis=1)
