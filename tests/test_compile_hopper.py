@@ -3,7 +3,9 @@
 Needs the CUDA plugin of the running JAX (`make test-compile` sets it up); skipped without. Says nothing about numbers.
 """
 
+import functools
 import importlib.util
+import itertools
 import os
 import re
 from pathlib import Path
@@ -18,6 +20,8 @@ import jquant as jq
 from bench.matmul import OPS, random_weight
 from jquant.format.spec import QuantSpec
 from jquant.linear import hopper, linear, preparation, xla
+from pallas_kernels.activation_quantize import quantize_rows
+from pallas_kernels.activation_quantize.xla import Mode
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,3 +81,17 @@ def test_registers_suffice_and_no_weight_is_decoded(
     for report in reports:
         # 256 tokens at a time beside tables take every register: 4 to 40 bytes, which cost nothing that was measured
         assert all(int(count) <= 40 for count in re.findall(r"(\d+) bytes spill", report)), report[-600:]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_tokens_are_quantized_by_one_kernel_and_no_copies(dtype: str, h200: Any) -> None:
+    kinds: list[tuple[bool, Mode]] = [(True, "kernel"), (False, "kernel"), (False, "simulation")]
+    for tokens, (symmetric, mode) in itertools.product((1, 2048), kinds):
+        x = jax.ShapeDtypeStruct((tokens, K), jnp.dtype(dtype), sharding=h200)
+        run = functools.partial(quantize_rows, bits=8, symmetric=symmetric, mode=mode)
+        with jax.set_mesh(h200.mesh):
+            program = jax.jit(run).lower(x).compile().as_text() or ""
+        _, _, body = program.partition("ENTRY")
+        names = re.findall(r"^  (?:ROOT )?%\S+ = .*? ([a-z-]+)\(", body, re.MULTILINE)
+        assert names.count("custom-call") == 1
+        assert set(names) <= {"parameter", "bitcast", "custom-call", "get-tuple-element", "tuple"}, names

@@ -10,7 +10,9 @@ import pytest
 
 from jquant.format.activations import ActivationQuant, quantize_tokens
 from pallas_kernels import activation_quantize as aq
+from pallas_kernels.activation_quantize import rows
 from pallas_kernels.fragments import slot_order
+from tests.pallas_kernels.ptx import Warp
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
 # the second and third read words: K a multiple of 16, with and without padding up to 64
@@ -157,6 +159,17 @@ def test_every_number_of_16_bits_is_read_from_either_half_of_a_word() -> None:
         codes = np.zeros(x.shape, np.int8)
         codes[np.arange(len(numbers)), np.arange(len(numbers)) % 16] = np.where(numbers < 0, -127, 127)
         np.testing.assert_array_equal(result.codes, _in_slots(codes))
+
+
+def test_four_codes_are_packed_by_the_instructions_in_the_order_of_bytes() -> None:
+    codes = np.random.default_rng(0).integers(0, 2**32, (4, 32))
+    warp = Warp(np.zeros(1, np.uint8), np.zeros(1, np.uint8))
+    warp.registers = {f"${i + 1}": codes[i] for i in range(4)}
+    warp.run(rows._PACK)
+    packed = sum((codes[i] & 255) << 8 * i for i in range(4))
+    np.testing.assert_array_equal(warp.registers["$0"], packed)
+    interpreted = rows._pack([jnp.asarray(code.astype(np.uint32).view(np.int32)) for code in codes], interpret=True)
+    np.testing.assert_array_equal(np.asarray(interpreted).view(np.uint32), packed)
 
 
 def test_slots_hold_base_columns_in_the_order_of_fragments() -> None:
