@@ -8,7 +8,7 @@ that no code moves between threads. x comes in one of two ways:
 
                           bytes  0: column 2t    1: column 2t + 8    2: column 2t + 1    3: column 2t + 9
 
-                      A thread holds whole blocks, and everything is read and written 16 bytes at a time.
+                      A thread of 16 entries or more holds whole blocks, read and written 16 bytes at a time.
     column by column  the others: a gather in slot order, which Mosaic GPU has none of. A load for every column, where
                       words take one for 8, keeps the load unit busier than the memory.
 
@@ -174,8 +174,8 @@ def _load_words(x_ref, source, word, dtype):
     words = jnp.full_like(word, _WORDS)
     block, place = jax.lax.div(word, words), jax.lax.rem(word, words)
     real = block < x_ref.shape[1] // (2 * _WORDS)
-    near = 2 * _WORDS * jnp.where(real, block, 0) + place
-    near, far = (pltriton.load(x_ref.at[_cells(source, pair)]) for pair in (near, near + _WORDS))
+    pair = 2 * _WORDS * jnp.where(real, block, 0) + place
+    near, far = (pltriton.load(x_ref.at[_cells(source, pair + more)]) for more in (0, _WORDS))
     return [_upper_half(pairs, dtype) for pairs in (near << 16, far << 16, near, far)], real
 
 
@@ -183,11 +183,12 @@ def _load_columns(x_ref, columns_ref, source, slot, slots, kept):
     """The columns of these slots, one float32 [R, C], and which slots are not padding [C]."""
     place = slot_places(slot)
     real = place < x_ref.shape[1] - kept
-    if columns_ref is None:
-        column = jnp.where(real, place, 0)
-    else:
-        column = pltriton.load(columns_ref.at[jnp.minimum(slot, slots - 1)])
-    return [pltriton.load(x_ref.at[_cells(source, column)]).astype(jnp.float32)], real
+    rows, column = _cells(source, jnp.where(real, place, 0))
+    if columns_ref is not None:
+        # beyond the slots the first ones again, in whole runs; for every row, so that no number moves between threads
+        slot = jnp.where(slot < slots, slot, jax.lax.rem(slot, jnp.full_like(slot, 16)))
+        column = pltriton.load(columns_ref.at[_cells(source, slot)[1]])
+    return [pltriton.load(x_ref.at[rows, column]).astype(jnp.float32)], real
 
 
 def _cells(rows, columns):

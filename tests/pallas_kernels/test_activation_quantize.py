@@ -184,6 +184,18 @@ def test_slots_hold_base_columns_in_the_order_of_fragments() -> None:
         aq.slot_columns(3, np.arange(3))
 
 
+def test_padding_never_reads_a_kept_column() -> None:
+    """140 base columns take 192 slots, and a program 256: neither end may widen the ranges."""
+    x = np.random.default_rng(0).normal(size=(3, 143)).astype(np.float32)
+    index = np.array([0, 1, 142], np.int32)
+    x[:, index] = [[1e6, -1e6, 1e6]]
+    codes, scales, _ = _oracle(np.delete(x, index, axis=1), 8, False, "kernel")
+    split = (aq.slot_columns(143, index), jnp.asarray(index))
+    result = aq.quantize_rows(jnp.asarray(x), *split, bits=8, symmetric=False, interpret=True)
+    np.testing.assert_array_equal(result.scales, scales)
+    np.testing.assert_array_equal(result.codes, _in_slots(codes))
+
+
 def test_any_blocks_give_the_same_codes() -> None:
     x = _tokens(70, "float32")
     first = aq.quantize_rows(x, bits=8, symmetric=True, interpret=True)
