@@ -10,14 +10,19 @@ makes their tokens float16, or the only token three of int8, and float16 rows sh
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.device_time import device_time
-from bench.kernel_rows import MAIN, MORE, TABLES, TOKENS, Row, chosen, in_pieces, rows
+from bench.kernel_rows import MAIN, MORE, SHAPES, TABLES, TOKENS, UNEVEN, Row, chosen, in_pieces, rows
 from pallas_kernels import affine_matmul as affine, codebook_matmul as codebook
 from pallas_kernels.fragments import fragments_shape, slot_order, unpack_fragments
 from pallas_kernels.half_tokens import half_rows
@@ -120,11 +125,11 @@ class Bench:
     def run(self, row: Row) -> dict[str, Any]:
         kind = row.kind
         group = (row.n, row.k, kind)
-        weights = self.once(("weights", group), lambda: self.weights(row))
-        inputs, x = self.once(("inputs", (group, row.m)), lambda: self.inputs(row))
+        with self.alone():
+            weights = jax.block_until_ready(self.once(("weights", group), lambda: self.weights(row)))
+            inputs, x = self.once(("inputs", (group, row.m)), lambda: self.inputs(row))
         config = row.config or chosen(row)
 
-        @jax.jit
         def product(inputs: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> jax.Array:
             static: dict[str, Any] = dict(bits=kind.bits, outputs=row.n, config=config, out_dtype=jnp.bfloat16)
             if kind.entry is None:
@@ -142,14 +147,29 @@ class Bench:
 
         result: dict[str, Any] = {"row": row.name(), "config": dataclasses.asdict(config)}
         if self.dry:
-            product.trace(inputs, weights[0]).lower(lowering_platforms=("cuda",))
+            jax.jit(product).trace(inputs, weights[0]).lower(lowering_platforms=("cuda",))
             return result | {"error": 0.0, "us": 1.0, "dense_us": 1.0, "ratio": 1.0}
+        compiled = jax.jit(product).lower(inputs, weights[0]).compile()
+        with self.alone():
+            return result | self.measured(row, compiled, inputs, x, weights)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While no other probe of this device measures."""
+        with open(Path(tempfile.gettempdir()) / f"kernel-probe-{os.environ.get('CUDA_VISIBLE_DEVICES')}", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def measured(
+        self, row: Row, product: Any, inputs: dict[str, jax.Array], x: jax.Array, weights: list[Any]
+    ) -> dict[str, float]:
+        group = (row.n, row.k, row.kind)
         got = product(inputs, weights[0]).astype(jnp.float32)
         expected = self.once(("reference", (group, row.m)), lambda: self.reference(row, x, weights[0]))
         error = float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
         dense = self.dense_time(row)
         taken = device_time(product, inputs, weights)
-        return result | {"error": error, "us": taken, "dense_us": dense, "ratio": dense / taken}
+        return {"error": error, "us": taken, "dense_us": dense, "ratio": dense / taken}
 
 
 def work(todo: list[Row], dry: bool) -> None:
@@ -219,16 +239,20 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--more", action="store_true", help="other kinds of weights")
     parser.add_argument("--tables", action="store_true", help="codebooks of int8 and of 16-bit entries")
+    parser.add_argument("--uneven", action="store_true", help="shapes that few blocks fill badly")
     parser.add_argument("--chosen", action="store_true", help="only the configurations that `choose` gives")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose name matches this regular expression")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--share", default="1/1", help="2/3: the second third of the rows; processes share a device")
     parser.add_argument("--seconds", type=float, default=110.0)
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     tokens = tuple(int(m) for m in options.tokens.split(","))
     kinds = TABLES if options.tables else MORE if options.more else MAIN
-    todo = rows(kinds, tokens, not options.chosen)
-    todo = [row for row in todo if options.only in row.name()]
+    todo = rows(kinds, tokens, UNEVEN if options.uneven else SHAPES, not options.chosen)
+    todo = [row for row in todo if re.search(options.only, row.name())]
+    part, parts = (int(text) for text in options.share.split("/"))
+    todo = todo[len(todo) * (part - 1) // parts : len(todo) * part // parts]
     if options.worker is not None:
         work(todo[options.worker :], options.dry)
         return

@@ -10,6 +10,7 @@ from pallas_kernels import affine_matmul as affine, codebook_matmul as codebook
 from pallas_kernels.codebook_matmul.choice import candidates, estimate
 
 SHAPES = ((28672, 8192), (4096, 4096))
+UNEVEN = ((5120, 5120), (10240, 8192), (12288, 4096))  # in few rounds of 132 blocks, the last half empty
 TOKENS = (1, 16, 64, 256, 2048)
 
 
@@ -59,6 +60,7 @@ class Row:
             return f"{self.kind.name} M={self.m} N={self.n} K={self.k} chosen"
         c = self.config
         blocks = f"{c.block_m}x{c.block_k} wg {c.row_warpgroups}x{c.k_warpgroups} cl {c.cluster}"
+        blocks += " stream-k" if c.stream_k else ""
         return f"{self.kind.name} M={self.m} N={self.n} K={self.k} {blocks} /{c.splits} st {c.stages} {c.scale}"
 
 
@@ -117,9 +119,13 @@ def compared(row: Row) -> Iterator[affine.Config]:
         yield from best[1 : 1 + COMPARED]
         return
     for block_m, block_k, rows, parts, splits, cluster in cuts(kind, m, n):
-        blocks = 132 if cluster > 1 else min(132, -(-n // (64 * rows)) * -(-m // block_m) * splits)
+        items = -(-n // (64 * rows)) * -(-m // block_m)
+        blocks = 132 if cluster > 1 else min(132, items * splits)
         for scale in ("operand", "sum") if kind.x != "int8" and m > 64 else ("sum",):
-            yield affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, cluster)
+            config = affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, cluster)
+            yield config
+            if m > 64 and cluster == 1 and splits == 1:
+                yield dataclasses.replace(config, stream_k=True, blocks=min(132, items * (row.k // block_k)))
 
 
 def filled(row: Row) -> Row | None:
@@ -134,11 +140,13 @@ def filled(row: Row) -> Row | None:
     return None
 
 
-def rows(kinds: tuple[Kind, ...], tokens: tuple[int, ...], all_configs: bool) -> list[Row]:
+def rows(
+    kinds: tuple[Kind, ...], tokens: tuple[int, ...], shapes: tuple[tuple[int, int], ...], all_configs: bool
+) -> list[Row]:
     """What `choose` gives for every case, followed, if wanted, by other configurations. Cases come by shape and kind,
     whose arrays are then made once."""
     found = []
-    for (n, k), kind, m in itertools.product(SHAPES, kinds, tokens):
+    for (n, k), kind, m in itertools.product(shapes, kinds, tokens):
         found.append(Row(n, k, m, kind, None))
         for config in compared(found[-1]) if all_configs else ():
             full = filled(Row(n, k, m, kind, config))

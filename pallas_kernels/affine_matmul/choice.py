@@ -1,13 +1,14 @@
 """Which configuration a shape gets: the first candidate that fits, in an order that was found on an H200.
 
 Up to 64 tokens rules say what comes first. With more, the tensor core's time counts: of blocks of different size those
-whose rounds over all multiprocessors take least, the incomplete last round counted whole.
+whose rounds over all multiprocessors take least, an incomplete last round counted whole, unless all CTAs share it.
 """
 
 from dataclasses import replace
 
-from pallas_kernels.affine_matmul.config import MULTIPROCESSORS, Config, Problem, runs_on, supported_config
+from pallas_kernels.affine_matmul.config import MULTIPROCESSORS, Config, Problem, blocks_of, runs_on, supported_config
 from pallas_kernels.affine_matmul.rounds import Rounds
+from pallas_kernels.affine_matmul.stream_k import StreamK
 
 # Blocks for many tokens, and their time for an output and a token beside that of the first, at 2048 tokens of 8192
 # inputs: of 16-bit tokens, of 8-bit tokens with groups, and without.
@@ -29,6 +30,10 @@ _ROWS = (
     (Config(128, 128, 2, cluster=2), 1.18),
 )
 _SPLIT = 1.25  # what sums of split inputs cost, read and written by another kernel
+# Microseconds: an output, token and input of 16 and 8 bits; semaphores set to zero; an output and token handed over
+_PRODUCT = {2: 3.2e-7, 1: 1.75e-7}
+_SEMAPHORES = 1.5
+_HAND_OVER = 5e-5
 
 
 def choose(problem: Problem) -> Config:
@@ -52,8 +57,7 @@ def candidates(problem: Problem) -> list[Config]:
     if tokens <= 64:
         found = _few(problem, wide)
     else:
-        found = [] if tokens <= 128 and problem.x_bytes == 2 else _many(problem)
-        found += [_sized(problem, Config(128, block_k, 2)) for block_k in (256, 128, 64)]
+        found = _many(problem) + [_sized(problem, Config(128, block_k, 2)) for block_k in (256, 128, 64)]
     # whatever the group size: the smallest blocks
     return found + [_sized(problem, Config(wide, block_k, 1)) for block_k in (128, 64)]
 
@@ -82,20 +86,31 @@ def _many(problem: Problem) -> list[Config]:
     """Blocks for many tokens, the fastest first."""
     blocks = _WIDE if problem.x_bytes == 2 else _GROUPS if runs_on(problem) else _ROWS
     timed = [(_sized(problem, config), time) for config, time in blocks]
+    timed += [(_shared(problem, config), time) for config, time in blocks if config.cluster == 1]
     return [config for config, _ in sorted(timed, key=lambda pair: _rounds(problem, pair[0]) * pair[1])]
 
 
 def _rounds(problem: Problem, config: Config) -> float:
     """The time of all rounds, in outputs times tokens of a multiprocessor."""
-    items = -(-problem.outputs // config.rows) * -(-problem.tokens // config.block_m) * config.splits
+    items, block = blocks_of(problem, config) * config.splits, config.rows * config.block_m
+    if config.stream_k:
+        ranges = StreamK(items, -(-problem.inputs // config.block_k), config.blocks)
+        more = (_SEMAPHORES + _HAND_OVER * block * ranges.parts) / _PRODUCT[problem.x_bytes] / problem.inputs
+        return ranges.turns * block + more
     turns = Rounds(items, config.cluster, config.blocks).turns / config.splits
-    return turns * config.rows * config.block_m * (_SPLIT if config.splits > 1 else 1)
+    return turns * block * (_SPLIT if config.splits > 1 else 1)
+
+
+def _shared(problem: Problem, config: Config) -> Config:
+    """The same blocks, the last of them shared by all CTAs."""
+    stages = blocks_of(problem, config) * -(-problem.inputs // config.block_k)
+    return replace(_sized(problem, config, parts=False), stream_k=True, blocks=min(MULTIPROCESSORS, stages))
 
 
 def _sized(problem: Problem, config: Config, parts: bool = True) -> Config:
     """The same blocks with as many stages as fit, and, if `parts`, so many parts of the inputs that every
     multiprocessor has work."""
-    blocks = -(-problem.outputs // config.rows) * -(-problem.tokens // config.block_m)
+    blocks = blocks_of(problem, config)
     steps = -(-problem.inputs // config.block_k)
     splits = 1
     while parts and config.cluster == 1 and blocks * splits * 2 <= MULTIPROCESSORS and steps >= splits * 4:

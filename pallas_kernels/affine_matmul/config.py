@@ -2,8 +2,8 @@
 
 A CTA computes [64 * row_warpgroups] outputs times [block_m] tokens. It streams block_k inputs a stage; row_warpgroups
 * k_warpgroups warpgroups compute, each on 64 outputs and block_k / k_warpgroups of the inputs; one more copies.
-Of the last blocks `cluster` CTAs, which run at the same time, share the inputs, so that no CTA idles. Or `splits` CTAs
-share those of every block, and another kernel adds their sums.
+Of the last blocks `cluster` CTAs, which run at the same time, share the inputs, so that no CTA idles. Or all CTAs do,
+by stream-K, through memory. Or `splits` CTAs share those of every block, and another kernel adds their sums.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ class Config:
     scale: ScaleWhere = "sum"
     blocks: int = MULTIPROCESSORS
     cluster: int = 1
+    stream_k: bool = False
 
     @property
     def warpgroups(self) -> int:
@@ -144,8 +145,12 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return (
             f"{config.blocks} blocks do not come in clusters of {config.cluster}; expected 1, or 2 and an even number"
         )
-    if config.cluster > 1 and config.splits > 1:
-        return "both a cluster and another kernel would add sums; expected one of them"
+    if (config.cluster > 1) + (config.splits > 1) + config.stream_k > 1:
+        return "sums would be added in several ways; expected one of a cluster, stream-K and splits"
+    if config.cluster > 1 and problem.inputs <= config.block_k:
+        return "a cluster shares the stages of a block, and there is only one"
+    if config.stream_k and config.blocks > (stages := _stages(problem, config)):
+        return f"{config.blocks} CTAs for {stages} stages; expected one for each at least"
     if config.warpgroups + 1 > MOST_WARPGROUPS:
         return f"{config.warpgroups} warpgroups that compute; expected at most {MOST_WARPGROUPS - 1}"
     if accumulators(problem, config) + 40 > config.registers()[1]:
@@ -154,6 +159,16 @@ def supported_config(problem: Problem, config: Config) -> str | None:
     if needed > SHARED_MEMORY - 2048:
         return f"{needed} bytes of shared memory; expected at most {SHARED_MEMORY - 2048}"
     return None
+
+
+def blocks_of(problem: Problem, config: Config) -> int:
+    """Blocks of outputs and tokens."""
+    return -(-problem.outputs // config.rows) * -(-problem.tokens // config.block_m)
+
+
+def _stages(problem: Problem, config: Config) -> int:
+    """Stages of all blocks."""
+    return blocks_of(problem, config) * -(-problem.inputs // config.block_k)
 
 
 def runs_on(problem: Problem) -> bool:

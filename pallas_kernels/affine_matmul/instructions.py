@@ -132,6 +132,51 @@ def fence_cluster() -> None:
     compat.inline_assembly([], [], "fence.acq_rel.cluster;", "", False)
 
 
+def thread_address(base: Value, stride: int) -> Value:
+    """base plus `stride` bytes for every thread of the warpgroup before this one, a 64-bit address."""
+    text = f"mad.wide.u32 $0, $2, {stride}, $1;"
+    return compat.inline_assembly([_i64()], [base, compat.thread_in_warpgroup()], text, "=l,l,r", True)[0]
+
+
+def store_four(address: Value, offset: int, registers: list[Value]) -> None:
+    """Four registers to 16 bytes of global memory, `offset` bytes from an address."""
+    letter = "f" if registers[0].type == compat.f32() else "r"
+    text = f"st.global.v4.b32 [$0 + {offset}], {{$1, $2, $3, $4}};"
+    compat.inline_assembly([], [address, *registers], text, ",".join("l" + 4 * letter), False)
+
+
+def load_fours(address: Value, offset: int, count: int, kind: Value) -> list[Value]:
+    """`count` registers of a type, all loads before anything else: each four of them from 16 bytes of global memory
+    that another CTA may have written, `offset` bytes from an address and then what a warpgroup stores at once apart."""
+    letter = "f" if kind == compat.f32() else "r"
+    lines = [
+        f"ld.global.v4.b32 {{${i}, ${i + 1}, ${i + 2}, ${i + 3}}}, [${count} + {offset + 4 * compat.THREADS * i}];"
+        for i in range(0, count, 4)
+    ]
+    constraints = ",".join([f"=&{letter}"] * count + ["l"])
+    return compat.inline_assembly([kind] * count, [address], "\n".join(lines), constraints, False)
+
+
+def fence_device() -> None:
+    """What this thread wrote before, other CTAs see before what it does afterwards."""
+    compat.inline_assembly([], [], "fence.acq_rel.gpu;", "", False)
+
+
+def raise_semaphore(address: Value, thread: Value) -> None:
+    """Adds one to a semaphore in global memory, by the first thread alone."""
+    text = "{ .reg .pred first; setp.eq.u32 first, $1, 0; @first red.release.gpu.global.add.u32 [$0], 1; }"
+    compat.inline_assembly([], [address, thread], text, "l,r", False)
+
+
+def wait_for_semaphore(address: Value) -> None:
+    """Waits until a semaphore in global memory is not zero."""
+    text = (
+        "{ .reg .pred zero; .reg .b32 value; again: ld.acquire.gpu.global.u32 value, [$0]; "
+        "setp.eq.u32 zero, value, 0; @zero bra again; }"
+    )
+    compat.inline_assembly([], [address], text, "l", False)
+
+
 def wait_for_cluster() -> None:
     """Waits until every thread of the cluster has come here."""
     text = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"

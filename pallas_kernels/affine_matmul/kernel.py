@@ -10,13 +10,14 @@ the tensor core works on a tile of 64 inputs, the next tile is decoded.
 
 Shared memory of a stage: words [row warpgroups, block_k / 64, bits, 128] uint32; x [block_m, block_k] in tiles of 8 x
 128 bytes with the 128-byte swizzle; scales, zeros [groups, 64 * row warpgroups]. Sums of warpgroups that share outputs,
-in one CTA or in the CTAs of a cluster, meet in shared memory (`pallas_kernels.affine_matmul.parts`); those of `splits`
-leave the kernel as [splits, M, N].
+in one CTA or in the CTAs of a cluster, meet in shared memory (`pallas_kernels.affine_matmul.parts`), those of stream-K in
+global memory (`pallas_kernels.affine_matmul.stream_k`); those of `splits` leave the kernel as [splits, M, N].
 
 Sparse entries, if there are any, come as [row warpgroups, block_k / 128, words] uint32 a stage and are added to the
 decoded weights (`pallas_kernels.sparse_matmul.tiles`); what overflowed stays in global memory.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -33,6 +34,7 @@ from pallas_kernels.affine_matmul.epilogue import store_block
 from pallas_kernels.affine_matmul.parts import add_parts, add_shares, leave_together, parts_scratch
 from pallas_kernels.affine_matmul.register_decode import byte_factor
 from pallas_kernels.affine_matmul.rounds import Rounds
+from pallas_kernels.affine_matmul.stream_k import StreamK, add_rest, partials_shape
 from pallas_kernels.affine_matmul.warpgroup import Decoder, warpgroup_step
 
 Refs = dict[str, Any]
@@ -59,21 +61,41 @@ def affine_kernel(
     kind = jnp.int32 if problem.x_dtype == "int8" and not runs_on(problem) else jnp.float32
     scratch |= parts_scratch(config, sums, kind)
 
-    def body(*refs: Any, **shared: Any) -> None:
-        _body(problem, config, kind, out_dtype, decoder, dict(zip((*names, "out"), refs, strict=True)), shared)
+    out = [jax.ShapeDtypeStruct((config.splits, problem.tokens, problem.outputs), out_dtype)]
+    if config.stream_k:
+        out.append(jax.ShapeDtypeStruct(partials_shape(config.blocks, config.row_warpgroups, sums), kind))
 
-    run = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((config.splits, problem.tokens, problem.outputs), out_dtype),
-        scratch_types=scratch,
-        grid=(config.blocks // config.cluster,),
-        grid_names=("block",),
-        **({"cluster": (config.cluster,), "cluster_names": ("rank",)} if config.cluster > 1 else {}),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=compat.WARPGROUP,
-    )
-    return run(*arrays.values())
+    def body(*refs: Any, **shared: Any) -> None:
+        own = dict(zip((*names, "out", "partials"), refs, strict=False))
+        _body(problem, config, kind, out_dtype, decoder, own, shared)
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        return plgpu.kernel(
+            body,
+            out_type=out,
+            scratch_types=scratch,
+            grid=(config.blocks // config.cluster,),
+            grid_names=("block",),
+            **({"cluster": (config.cluster,), "cluster_names": ("rank",)} if config.cluster > 1 else {}),
+            num_threads=config.warpgroups + 1,
+            thread_name="warpgroup",
+            compiler_params=compat.WARPGROUP,
+        )(*arrays)[0]
+
+    if not config.stream_k:
+        return run(*arrays.values())
+    # products of one batch would share their semaphores
+    alone = dataclasses.replace(config, stream_k=False)
+
+    def batched(_: int, in_batched: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        def each(*arrays: jax.Array) -> jax.Array:
+            return affine_kernel(problem, alone, dict(zip(names, arrays, strict=True)), out_dtype, decoder)
+
+        return jax.vmap(each, in_axes=[0 if axis else None for axis in in_batched])(*arrays), True
+
+    product = jax.custom_batching.custom_vmap(run)
+    product.def_vmap(batched)
+    return product(*arrays.values())
 
 
 def _stage_types(problem: Problem, config: Config) -> dict[str, tuple[tuple[int, ...], Any, tuple[Any, ...]]]:
@@ -101,31 +123,43 @@ def _body(
     rank: Any = lax.axis_index("rank") if config.cluster > 1 else 0
     column_blocks = -(-problem.tokens // config.block_m)
     row_blocks = -(-problem.outputs // config.rows)
-    steps: Any = -(-problem.inputs // (config.block_k * config.splits))
-    one = jnp.where(cluster >= 0, jnp.int32(1), jnp.int32(0))
-    # stages of a block alone and of one that is shared; Mosaic fails on the registers that a loop carries once it knows
-    # that there is one turn
-    stages = [steps, -(-steps // config.cluster)]
-    segments = [running_sums.segments(config, count) if runs_on(problem) else 0 for count in stages]
-    stages, segments = ([one if turns == 1 else turns for turns in each] for each in (stages, segments))
-    rounds = Rounds(row_blocks * column_blocks * config.splits, config.cluster, config.blocks)
-    mine = rounds.count(cluster)
+    steps = -(-problem.inputs // (config.block_k * config.splits))
+    items = row_blocks * column_blocks * config.splits
+    # of stream-K CTAs wait for those of a higher number, which has to start first
+    cta = config.blocks - 1 - cluster
+    ranges = StreamK(items, steps, config.blocks)
+    rounds = Rounds(items, config.cluster, config.blocks)
+    mine = ranges.count(cta) if config.stream_k else rounds.count(cluster)
     copying, computing = config.registers()
+    semaphores: Any = None
+    if config.stream_k:
+        semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((config.blocks * config.row_warpgroups,)))
 
     def place(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """Block of outputs, block of tokens, part of the inputs, and whether CTAs share the block: tokens vary first,
         they share the weights."""
-        item, is_shared = rounds.item(index, cluster, rank)
+        if config.stream_k:
+            item, is_shared = ranges.piece(index, cta)[0], False
+        else:
+            item, is_shared = rounds.item(index, cluster, rank)
         split = lax.rem(item, jnp.int32(config.splits))
         pair = lax.div(item, jnp.int32(config.splits))
         return lax.div(pair, jnp.int32(column_blocks)), lax.rem(pair, jnp.int32(column_blocks)), split, is_shared
 
-    def inputs_of(split: jax.Array, is_shared: Any) -> tuple[Any, Any, Any]:
+    def inputs_of(index: jax.Array, split: jax.Array, is_shared: Any) -> tuple[Any, Any, Any]:
         """The first stage of a CTA's inputs, how many there are, and in how many segments."""
-        if config.cluster == 1:
-            return split * stages[0], stages[0], segments[0]
-        count, turns = (jnp.where(is_shared, shared, alone) for alone, shared in (stages, segments))
-        return jnp.where(is_shared, rank * stages[1], 0), count, turns
+        first: Any = split * steps
+        count: Any = steps
+        if config.stream_k:
+            _, first, count = ranges.piece(index, cta)
+        elif config.cluster > 1:
+            most = -(-steps // config.cluster)
+            first = jnp.where(is_shared, rank * most, 0)
+            count = jnp.where(is_shared, jnp.minimum(most, steps - rank * most), steps)
+        turns = running_sums.segments(config, count) if runs_on(problem) else 0
+        # Mosaic fails on the registers that a loop carries once it knows that there is one turn
+        one = jnp.where(cluster >= 0, jnp.int32(1), jnp.int32(0))
+        return first, *(one if isinstance(known, int) and known == 1 else known for known in (count, turns))
 
     @pl.when(warpgroup == config.warpgroups)
     def _copy() -> None:
@@ -134,7 +168,7 @@ def _body(
 
         def item(index: jax.Array, done: jax.Array) -> jax.Array:
             row, column, split, is_shared = place(index)
-            first, count, _ = inputs_of(split, is_shared)
+            first, count, _ = inputs_of(index, split, is_shared)
 
             def step(k: jax.Array, done: jax.Array) -> jax.Array:
                 slot = lax.rem(done, jnp.int32(config.stages))
@@ -182,7 +216,7 @@ def _body(
                 plgpu.barrier_arrive(shared["empty"].at[slot])
                 return done + 1, sums
 
-            _, count, turns = inputs_of(split, is_shared)
+            first, count, turns = inputs_of(index, split, is_shared)
             if runs_on(problem):
                 done, sums = running_sums.sum_stages(problem, config, turns, count, step, done)
             else:
@@ -192,8 +226,13 @@ def _body(
                 following = load_state(index + 1)
             first_row = (row * config.row_warpgroups + row_part) * 64
             write = functools.partial(store, refs, column * config.block_m, first_row, split)
-            shares = functools.partial(add_shares, config, shared, (rank, row_part, is_shared, index - rounds.own))
-            add_parts(config, shared, index, row_part, k_part, sums, lambda total: shares(total, write))
+            if config.stream_k:
+                piece = ranges.piece(index, cta)
+                finish = functools.partial(add_rest, ranges, refs["partials"], semaphores, piece, cta, row_part)
+            else:
+                whose = (rank, row_part, is_shared, index - rounds.own)
+                finish = functools.partial(add_shares, config, shared, whose)
+            add_parts(config, shared, index, row_part, k_part, sums, lambda total: finish(total, write))
             return done, *following
 
         lax.fori_loop(0, mine, item, (jnp.int32(0), *load_state(jnp.int32(0))))

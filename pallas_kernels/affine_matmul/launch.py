@@ -24,6 +24,8 @@ def launch(
 ) -> jax.Array:
     """y [M, N] in `out_dtype`. weight: the arrays of the weight, named as in `affine_kernel`; x as given, unpadded."""
     tokens, inputs = x.shape
+    if x.dtype == jnp.int8 and inputs % 16:
+        raise ValueError(f"8-bit x has {inputs} columns, slots come in blocks of 16; pad x with zeros before ordering it")
     padding = -tokens % 8 if tokens > 8 else 0
     arrays = {
         "words": weight["words"],

@@ -69,9 +69,10 @@ def stages_of_a_segment(config: Config) -> int:
     return SEGMENT * config.k_warpgroups // config.block_k
 
 
-def segments(config: Config, stages: int) -> int:
+def segments(config: Config, stages: Any) -> Any:
     """How often sums start."""
-    return -(-stages // stages_of_a_segment(config))
+    most = stages_of_a_segment(config)
+    return lax.div(stages + most - 1, most) if isinstance(stages, jax.Array) else -(-stages // most)
 
 
 def state_layouts(config: Config) -> State:

@@ -11,8 +11,16 @@ import itertools
 import math
 from dataclasses import replace
 
-from pallas_kernels.affine_matmul.config import MULTIPROCESSORS, Config, Problem, no_entries, supported_config
+from pallas_kernels.affine_matmul.config import (
+    MULTIPROCESSORS,
+    Config,
+    Problem,
+    blocks_of,
+    no_entries,
+    supported_config,
+)
 from pallas_kernels.affine_matmul.rounds import Rounds
+from pallas_kernels.affine_matmul.stream_k import StreamK
 from pallas_kernels.codebook_matmul.decode import INTEGER_OPERATIONS
 from pallas_kernels.int_matmul import LONGEST_SUM
 
@@ -26,6 +34,8 @@ _BLOCK = 700.0  # tables and outputs of a block
 _STEP = 100.0  # barriers, and the tensor core running dry
 _SECOND_KERNEL = 2500.0
 _HAND_OVER = 1000.0  # between the CTAs of a cluster
+_SEMAPHORES = 1500.0  # set to zero, for stream-K
+_PART = 0.05  # an output and token handed over by stream-K
 _OVERHEAD = 0.12  # integer operations a weight beside the look-up
 
 
@@ -70,16 +80,16 @@ def candidates(problem: Problem) -> list[Config]:
     parts = ((4, 1), (2, 2), (1, 4)) if few else ((2, 1), (1, 2))
     sizes = (1024, 512, 256, 128) if few else (512, 256, 128)
     found = []
-    # splits, cluster; with many tokens clusters were slower, 1281 us for 1188 at 2048
-    shared = ((1, 1), (2, 1), (4, 1), (8, 1)) + (((1, 2),) if few else ())
-    for width, (rows, k_parts), block_k, (splits, cluster) in itertools.product(widths, parts, sizes, shared):
+    # splits, cluster, stream-K; with many tokens clusters were slower, 1281 us for 1188 at 2048
+    shared = [(splits, 1, False) for splits in (1, 2, 4, 8)] + [(1, 2, False) if few else (1, 1, True)]
+    for width, (rows, k_parts), block_k, (splits, cluster, stream_k) in itertools.product(widths, parts, sizes, shared):
         blocks = -(-problem.outputs // (64 * rows)) * -(-problem.tokens // width) * splits
         steps = -(-problem.inputs // (block_k * splits))
         if splits * cluster > 1 and (steps < 2 * cluster or width == 256):
             continue
         stages = max(2, min(8, steps))
-        ctas = min(blocks, MULTIPROCESSORS) if cluster == 1 else MULTIPROCESSORS
-        config = Config(width, block_k, rows, k_parts, splits, stages, blocks=ctas, cluster=cluster)
+        ctas = MULTIPROCESSORS if cluster > 1 else min(blocks * steps if stream_k else blocks, MULTIPROCESSORS)
+        config = Config(width, block_k, rows, k_parts, splits, stages, "sum", ctas, cluster, stream_k)
         while config.stages > 2 and supported_config(problem, config) is not None:
             config = replace(config, stages=config.stages - 1)
         if supported_config(problem, config) is None:
@@ -91,7 +101,7 @@ def estimate(problem: Problem, config: Config, entry_bytes: int | None = None) -
     """Nanoseconds that a product takes, roughly; good for comparisons only."""
     operations = INTEGER_OPERATIONS[problem.bits, entry_bytes or problem.x_bytes, problem.x_bytes]
     column_blocks = -(-problem.tokens // config.block_m)
-    items = -(-problem.outputs // config.rows) * column_blocks * config.splits
+    items = blocks_of(problem, config) * config.splits
     steps = -(-problem.inputs // (config.block_k * config.splits))
     weights = config.rows * steps * config.block_k
     x_bytes = config.block_m * steps * config.block_k * problem.x_bytes
@@ -101,12 +111,16 @@ def estimate(problem: Problem, config: Config, entry_bytes: int | None = None) -
     memory = words / column_blocks / share + (words + x_bytes) / _CACHE_BYTES
     look_ups = weights * (operations + _OVERHEAD) / _INTEGER_OPERATIONS
     products = problem.planes * weights * config.block_m / (_PRODUCTS * (2 if problem.x_bytes == 1 else 1))
-    rounds = Rounds(items, config.cluster, config.blocks)
     # With many tokens two warpgroups hide look-ups and products behind each other, but not quite: of 128 tokens 4-bit
     # look-ups take 0.7 of the products' time, and add 0.2 of it.
     computing = math.hypot(look_ups, products) if config.block_m > 64 else max(look_ups, products)
     whole = max(memory, computing) + steps * _STEP + _BLOCK
-    time = rounds.turns * whole + rounds.shared * (config.cluster > 1) * _HAND_OVER
+    if config.stream_k:
+        ranges = StreamK(items, steps, config.blocks)
+        time = ranges.turns * whole + _SEMAPHORES + _PART * config.rows * config.block_m * ranges.parts
+    else:
+        rounds = Rounds(items, config.cluster, config.blocks)
+        time = rounds.turns * whole + rounds.shared * (config.cluster > 1) * _HAND_OVER
     time += (words / share + x_bytes / _CACHE_BYTES) / steps  # nothing to compute before the first stage
     if config.splits > 1:
         sums = config.splits * problem.tokens * problem.outputs * 4

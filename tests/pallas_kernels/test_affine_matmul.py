@@ -287,20 +287,35 @@ def test_product_equals_the_float32_reference(shape: tuple[Any, ...]) -> None:
 
 
 # M, N, K, ..; block_m, block_k, row and k warpgroups. Of four CTAs in two clusters: blocks of their own, one or more
-# that are shared, some by a cluster that has none left; inputs whose second half is shorter, or nothing.
+# that are shared, some by a cluster that has none left; inputs whose second half is shorter.
 CLUSTERED = [
     ((3, 700, 1152, 4, 128, False, "bfloat16", "float16"), (8, 256, 1, 4)),
     ((16, 420, 4160, 3, None, False, "float16", "float16"), (16, 512, 1, 4)),
     ((9, 640, 2944, 4, 128, True, "int8", "float16"), (16, 256, 2, 2)),
     ((130, 1000, 1152, 4, 128, False, "int8", "bfloat16"), (128, 128, 2, 1)),
-    ((40, 90, 64, 8, None, False, "int8", "float32"), (64, 128, 1, 1)),
+    ((40, 90, 320, 8, None, False, "int8", "float32"), (64, 128, 1, 1)),
 ]
 
 
-@pytest.mark.parametrize(("shape", "blocks"), CLUSTERED)
-def test_clusters_lower_for_cuda(shape: tuple[Any, ...], blocks: tuple[int, int, int, int]) -> None:
+# of five CTAs by stream-K: blocks of their own, whole ones and pieces, blocks that most of them share, ragged inputs
+SHARED = [
+    ((3, 700, 1152, 4, 128, False, "bfloat16", "float16"), (8, 256, 1, 4)),
+    ((16, 64, 4160, 3, None, False, "float16", "float16"), (16, 512, 1, 4)),
+    ((9, 640, 2944, 4, 128, True, "int8", "float16"), (16, 256, 2, 2)),
+    ((300, 1000, 1152, 4, 128, False, "int8", "bfloat16"), (128, 128, 2, 1)),
+    ((300, 300, 1008, 8, None, False, "int8", "float32"), (256, 128, 2, 1)),
+    ((300, 200, 576, 4, None, False, "bfloat16", "float32"), (256, 64, 2, 1)),
+]
+DISTRIBUTED = [(*case, {"blocks": 4, "cluster": 2}) for case in CLUSTERED]
+DISTRIBUTED += [(*case, {"blocks": 5, "stream_k": True}) for case in SHARED]
+
+
+@pytest.mark.parametrize(("shape", "blocks", "how"), DISTRIBUTED)
+def test_blocks_shared_by_ctas_lower_for_cuda(
+    shape: tuple[Any, ...], blocks: tuple[int, int, int, int], how: dict[str, Any]
+) -> None:
     arrays, static, _ = arguments(shape)
-    config = affine.Config(*blocks, stages=2, blocks=4, cluster=2)
+    config = affine.Config(*blocks, stages=2, **how)
 
     def run(arrays: dict[str, Any]) -> jax.Array:
         return affine.affine_matmul(**arrays, **static, config=config)
@@ -309,12 +324,29 @@ def test_clusters_lower_for_cuda(shape: tuple[Any, ...], blocks: tuple[int, int,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("shape", "blocks"), CLUSTERED)
-def test_clusters_compute_the_same(shape: tuple[Any, ...], blocks: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize(("shape", "blocks", "how"), DISTRIBUTED)
+def test_blocks_shared_by_ctas_are_right(
+    shape: tuple[Any, ...], blocks: tuple[int, int, int, int], how: dict[str, Any]
+) -> None:
     arrays, static, expected = arguments(shape)
-    config = affine.Config(*blocks, stages=2, blocks=4, cluster=2)
-    got = np.asarray(jax.jit(lambda arrays: affine.affine_matmul(**arrays, **static, config=config))(arrays))
-    assert np.linalg.norm(got - expected) <= 2e-5 * np.linalg.norm(expected)
+    config = affine.Config(*blocks, stages=2, **how)
+    run = jax.jit(lambda arrays: affine.affine_matmul(**arrays, **static, config=config))
+    for _ in range(3):  # what one call leaves in memory, the next one must not take for its own
+        assert np.linalg.norm(np.asarray(run(arrays)) - expected) <= 2e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.gpu
+def test_a_batch_of_products_shares_no_semaphores() -> None:
+    shape, blocks = SHARED[-1]
+    arrays, static, expected = arguments(shape)
+    config = affine.Config(*blocks, stages=2, blocks=5, stream_k=True)
+
+    def run(x: jax.Array) -> jax.Array:
+        return affine.affine_matmul(**(arrays | {"x": x}), **static, config=config)
+
+    got = np.asarray(jax.jit(jax.vmap(run))(jnp.stack([arrays["x"]] * 3)))
+    for each in got:
+        assert np.linalg.norm(each - expected) <= 2e-5 * np.linalg.norm(expected)
 
 
 def test_a_cluster_that_cannot_be_is_refused() -> None:
@@ -322,9 +354,12 @@ def test_a_cluster_that_cannot_be_is_refused() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"blocks": 3, "cluster": 2}, "3 blocks do not come in clusters of 2"),
         ({"blocks": 8, "cluster": 4}, "expected 1, or 2 and an even number"),
-        ({"blocks": 4, "cluster": 2, "splits": 2}, "both a cluster and another kernel would add sums"),
+        ({"blocks": 4, "cluster": 2, "splits": 2}, "sums would be added in several ways"),
+        ({"blocks": 4, "splits": 2, "stream_k": True}, "sums would be added in several ways"),
+        ({"block_k": 2048, "blocks": 4, "cluster": 2}, "there is only one"),
+        ({"blocks": 99, "stream_k": True}, "99 CTAs for 55 stages; expected one for each at least"),
     ]
     for changes, reason in cases:
-        config = affine.Config(8, 256, 1, 4, stages=2, **changes)
+        config = affine.Config(**({"block_m": 8, "block_k": 256, "row_warpgroups": 1, "k_warpgroups": 4} | changes))
         with pytest.raises(ValueError, match=reason):
             affine.affine_matmul(**arrays, **static, config=config)
