@@ -1,7 +1,8 @@
 """Carries out the few PTX instructions that sparse entries are added with, on NumPy, for the 32 lanes of one warp.
 
 Registers are int64 [32] holding unsigned values, predicates bool [32]. Shared memory begins at generic address SHARED.
-A branch has to be the same for all lanes, a load to be aligned and inside: both are asserted. PTX ISA, chapter 9.7.
+A branch that says so has to be the same for all lanes, a load to be aligned and inside: both are asserted. Lanes that
+take another branch, forward, rest until its label. PTX ISA, chapter 9.7.
 """
 
 import re
@@ -26,33 +27,39 @@ class Warp:
         lines = [line for line in re.split(r"[;\n]\s*|(?<=:)\s+", text.strip().strip("{}")) if line]
         lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith((".reg", "}"))]
         labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
-        place = 0
+        place, resting, until = 0, np.zeros(32, bool), ""
         while place < len(lines):
             line, place = lines[place], place + 1
             if line.endswith(":"):
+                resting = resting & (line[:-1] != until)
                 continue
-            active = np.ones(32, bool)
+            active = ~resting
             if line.startswith("@"):
                 name, line = line[1:].split(maxsplit=1)
-                active = self.registers[name].astype(bool)
+                active = active & self.registers[name].astype(bool)
             name, _, rest = line.partition(" ")
             self.counts[name] = self.counts.get(name, 0) + 1
-            operands = [operand.strip() for operand in rest.split(",")]
+            operands = [operand.strip(" {}") for operand in rest.split(",")]
             if name == "bra.uni":
-                assert active.all() or not active.any(), line
+                assert not resting.any() and (active.all() or not active.any()), line
                 place = labels[operands[0]] if active.all() else place
                 continue
-            result = np.broadcast_to(self._result(name, operands[1:], active), 32)
-            old = self.registers.get(operands[0], np.zeros(32, result.dtype))
-            self.registers[operands[0]] = np.where(active, result, old)
+            if name == "bra":
+                assert not resting.any() and labels[operands[0]] >= place, line
+                resting, until = active, operands[0]
+                continue
+            loads = name.startswith("ld.")
+            results = self._load(name, operands[-1], active) if loads else [self._result(name, operands[1:])]
+            for register, result in zip(operands, results, strict=False):
+                result = np.broadcast_to(result, 32)
+                old = self.registers.get(register, np.zeros(32, result.dtype))
+                self.registers[register] = np.where(active, result, old)
 
     def _value(self, operand: str) -> np.ndarray:
-        return np.full(32, int(operand, 0)) if operand[0].isdigit() else self.registers[operand].astype(np.int64)
+        return np.full(32, int(operand, 0)) if operand[0] in "-0123456789" else self.registers[operand].astype(np.int64)
 
-    def _result(self, name: str, operands: list[str], active: np.ndarray) -> Any:
+    def _result(self, name: str, operands: list[str]) -> Any:
         kind, *rest = name.split(".")
-        if kind == "ld":
-            return self._load(name, operands[0], active)
         values = [self._value(operand) for operand in operands]
         word = 2**32 - 1
         if kind == "mov" or name in ("cvt.u64.u32", "cvt.u32.u16"):
@@ -63,6 +70,8 @@ class Warp:
             return values[0].astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
         if name == "shl.b32":
             return values[0] << values[1] & word
+        if name == "shf.l.wrap.b32":
+            return (values[1] << 32 | values[0]) << (values[2] & 31) >> 32 & word
         if name == "shr.u32":
             return values[0] >> values[1]
         if name == "fma.rn.f32":
@@ -78,36 +87,36 @@ class Warp:
             return (values[0] + (values[1] if kind == "add" else -values[1])) & word
         if name == "add.s64":
             return values[0] + values[1]
-        if name == "mad.lo.u32":
+        if name in ("mad.lo.u32", "mad.lo.s32"):
             return (values[0] * values[1] + values[2]) & word
         if name == "mad.wide.u32":
             return values[0] * values[1] + values[2]
         if kind == "setp":
             compare = {"ne": np.not_equal, "eq": np.equal, "lt": np.less}[rest[0]]
-            return compare(values[0], values[1])
+            if rest[-1] == "s32":
+                values[:2] = [value.astype(np.uint32).view(np.int32) for value in values[:2]]
+            found = compare(values[0], values[1])
+            return found & (values[2] != 0) if rest[1] == "and" else found
         if kind == "prmt":
             pair, selector = values[0] | values[1] << 32, values[2]
             assert not np.any(selector & 0x8888)
             return sum((pair >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i for i in range(4))
         halves = [value.astype(np.uint32).view(_FLOATS[rest[-1]]) for value in values]
-        if kind == "set":
-            found = (halves[0] == halves[1]).astype(_FLOATS[rest[-1]])
-        else:
-            assert kind == "fma", name
-            a, b, c = (half.astype(np.float64) for half in halves)
-            found = (a * b + c).astype(_FLOATS[rest[-1]])
+        assert name.startswith("add.rn."), name
+        found = (halves[0].astype(np.float64) + halves[1].astype(np.float64)).astype(_FLOATS[rest[-1]])
         return np.ascontiguousarray(found).view(np.uint32).astype(np.int64)
 
-    def _load(self, name: str, place: str, active: np.ndarray) -> np.ndarray:
+    def _load(self, name: str, place: str, active: np.ndarray) -> list[np.ndarray]:
+        """The registers that a load of one or two writes."""
         base, _, offset = place.strip("[]").partition("+")
         address = self._value(base.strip()) + int(offset or 0)
         if ".shared" in name:
             address = address + SHARED
-        size = {"u8": 1, "u16": 2, "b32": 4}[name.rpartition(".")[2]]
-        found = np.zeros(32, np.int64)
+        size, count = {"u8": 1, "u16": 2, "b32": 4}[name.rpartition(".")[2]], 2 if ".v2" in name else 1
+        found = np.zeros((count, 32), np.int64)
         for lane in np.flatnonzero(active):
             memory, start = (self.memory, GLOBAL) if address[lane] >= GLOBAL else (self.shared, SHARED)
-            first = int(address[lane]) - start
-            assert first % size == 0 and 0 <= first and first + size <= memory.size, (name, place, lane)
-            found[lane] = int.from_bytes(memory[first : first + size].tobytes(), "little")
-        return found
+            first, end = int(address[lane]) - start, int(address[lane]) - start + count * size
+            assert first % (count * size) == 0 and 0 <= first and end <= memory.size, (name, place, lane)
+            found[:, lane] = memory[first:end].reshape(count, size).astype(np.int64) @ (1 << 8 * np.arange(size))
+        return list(found)

@@ -58,15 +58,14 @@ class _Threads:
         slots = np.ascontiguousarray(self.slots[i]).reshape(-1).view(np.uint8)
         warp = Warp(np.concatenate([slots, self.behind]), self.overflow)
         warp.registers = registers | {
-            "lists": np.full(32, 4 * w),
-            "start": np.zeros(32, np.int64),
+            "lists": np.full(32, 8 * w),
             "bit": 1 << LANE,
             "below": (1 << LANE) - 1,
             "overflow": np.full(32, GLOBAL),
             "x": np.full(32, self.place_behind),
         }
         # both texts have names of their own beside those of their operands
-        names = {name: f"given_{name}" for name in ("entry", "follows")} | {name: name for name in warp.registers}
+        names = {name: f"given_{name}" for name in ("entry", "second")} | {name: name for name in warp.registers}
         for each in (fetch_text, text):
             warp.run(string.Template(each(4 * self.words * block, half)).substitute(names))
         for name, count in warp.counts.items():
@@ -126,7 +125,9 @@ def test_every_entry_is_added_once_and_nothing_else(name: str, dtype: str) -> No
     rounds = {"none": 1, "one row": 16, "one tile": 32, "one column": 2}
     operand = "bf16" if dtype == "bfloat16" else "f16"
     if name in rounds:
-        assert counts[f"fma.rn.{operand}x2"] // 16 in (rounds[name], rounds[name] + 1)
+        # one more where another entry meets a full row; for a list elsewhere, two before the loop that add nothing, and
+        # two in it, because lanes past the sixteenth wait for the third
+        assert counts[f"add.rn.{operand}x2"] // 16 - rounds[name] in ((4,) if name == "one tile" else (0, 1))
     # a full tile, 1024 entries a list, lies elsewhere
     assert name != "one tile" or tiles.overflow.size > 4 * 1024
 
@@ -149,9 +150,22 @@ def test_every_entry_is_multiplied_once_by_its_input(name: str, dtype: str) -> N
 def test_a_list_takes_few_instructions() -> None:
     dense, _ = _entries("none")
     tiles = prepare_tiles(*_compressed(dense), dense.shape[1], "bfloat16")
-    for counts, most in ((_added(tiles, np.zeros((128, 384)))[1], 46), (_multiplied(tiles, np.zeros(384))[1], 23)):
-        # moves of numbers are parts of the instruction that follows
-        assert sum(count for name, count in counts.items() if not name.startswith("mov")) == most
+    for counts, most in ((_added(tiles, np.zeros((128, 384)))[1], 42), (_multiplied(tiles, np.zeros(384))[1], 29)):
+        # moves of numbers are parts of the instruction that follows; seven tests of bits that lead around an addition
+        # are one instruction, and there are two more such tests in a byte of their own
+        tests = counts.get("bra", 0)
+        assert tests in (0, 16)
+        others = sum(count for name, count in counts.items() if not name.startswith("mov")) - 3 * tests
+        assert others + tests // 4 == most
+
+
+def test_few_lists_have_more_than_two_rounds() -> None:
+    there = np.random.default_rng(0).random((1024, 2048)) < 0.0045
+    tiles = prepare_tiles(*_compressed(there.astype(np.float64)), 2048, "bfloat16")
+    follows = np.asarray(tiles.slots[:, :, 1:HEADER:2]) >> 8 & 0xFF
+    # 1024 weights, 32 a lane: a lane has two entries or more with probability 0.0092, three with 0.0004
+    assert abs(np.mean(follows > 0) - 0.26) < 0.03
+    assert np.mean(follows > 1) < 0.025
 
 
 def test_slots_are_few_for_few_entries() -> None:
