@@ -81,20 +81,22 @@ def no_tiles(layer: QuantizedLinear) -> str | None:
 
 
 def entry_type(base: Packed, dtype: str) -> str:
-    """The type of sparse entries that are added to the weights beside 16-bit tokens of `dtype`."""
-    return "float16" if is_snapped(base) else dtype
+    """The type of sparse entries that are added to the weights beside 16-bit tokens of `dtype`: of float16, where that
+    serves, the sum with a weight keeps more."""
+    return "float16" if is_snapped(base) or (isinstance(base, AffineWeight) and base.fits_half) else dtype
 
 
 def operand_of(base: Packed, problem: affine_matmul.Problem) -> str:
     """The type in which the tensor core multiplies the tokens of a problem. bfloat16 tokens become float16 beside int8
-    tables, and where scaling the weights of groups rounds them, which costs an eighth in float16, if they fit. Not with
-    sparse entries added: those are of one type for any number of tokens."""
+    tables, and where weights are rounded, which costs an eighth in float16, if they fit: by the scales of groups, or
+    with sparse entries added."""
     if problem.x_dtype != "bfloat16":
         return problem.x_dtype
     if is_snapped(base):
         return "float16"
-    fits = isinstance(base, AffineWeight) and base.fits_half and not problem.entry_words
-    return "float16" if fits and affine_matmul.rounds_weights(problem) else "bfloat16"
+    fits = isinstance(base, AffineWeight) and base.fits_half
+    rounded = problem.entry_words or affine_matmul.rounds_weights(problem)
+    return "float16" if fits and rounded else "bfloat16"
 
 
 def table_scales(base: CodebookWeight, dtype: str) -> jax.Array | None:

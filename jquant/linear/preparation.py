@@ -24,7 +24,7 @@ from jquant.format.weights import (
 from jquant.linear import hopper
 from jquant.linear.choice import as_layer, running_dtype
 from pallas_kernels.activation_quantize import slot_columns
-from pallas_kernels.affine_matmul import fits_half
+from pallas_kernels.affine_matmul import entries_fit_half, fits_half
 from pallas_kernels.codebook_matmul import fixed_point_tables, prepare_tables, rounded_tables
 from pallas_kernels.device import no_hopper, platform
 from pallas_kernels.sparse_matmul import EntryTiles, prepare_rows, prepare_tiles
@@ -65,8 +65,14 @@ def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
     assert not isinstance(base, SparseAffineWeight)
     if isinstance(base, CodebookWeight):  # first: entries are in the units of the tables
         base = _with_tables(base)
+    if isinstance(base, AffineWeight) and act is None:
+        base = dataclasses.replace(base, fits_half=fits_half(base.scales.T, base.bits))
     if rest is not None:
-        tiles = None if hopper.no_tiles(layer) else _entry_tiles(base, rest, dtype)
+        tiles = None
+        if hopper.no_tiles(layer) is None:
+            beside = _beside(base, rest)
+            tiles = _entry_tiles(beside, rest, dtype)
+            base = base if tiles is None else beside
         rows = None
         if tiles is None or hopper.ROWS_TOKENS > 0:
             rows = prepare_rows(*(np.asarray(a) for a in (rest.values, rest.columns, rest.row_pointer)))
@@ -74,8 +80,6 @@ def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
     sums = None
     if act is not None and not act.symmetric:  # offsets of activations meet the sums of the weight's rows
         sums = _row_sums(base)
-    if isinstance(base, AffineWeight) and act is None:
-        base = dataclasses.replace(base, fits_half=fits_half(base.scales.T, base.bits))
     base = with_layout(base, "fragments")
     if sums is not None:
         base = dataclasses.replace(base, row_sums=sums)
@@ -102,6 +106,19 @@ def _with_tables(base: CodebookWeight) -> CodebookWeight:
     return dataclasses.replace(base, byte_tables=prepare_tables(fixed, jnp.uint16), byte_scales=times_scales(units))
 
 
+def _beside(base: AffineWeight | CodebookWeight, rest: SparseResidual) -> AffineWeight | CodebookWeight:
+    """The base, whose weights do not fit float16 if the entries that are added to them do not."""
+    if not isinstance(base, AffineWeight) or not base.fits_half:
+        return base
+    row = _rows(base, rest)
+    group = np.asarray(rest.columns) // base.group_size
+    return dataclasses.replace(base, fits_half=entries_fit_half(rest.values, row, group, base.scales.T, base.bits))
+
+
+def _rows(base: AffineWeight | CodebookWeight, rest: SparseResidual) -> np.ndarray:
+    return np.repeat(np.arange(base.shape[0]), np.diff(np.asarray(rest.row_pointer)))
+
+
 def _entry_tiles(base: AffineWeight | CodebookWeight, rest: SparseResidual, dtype: Any) -> EntryTiles | None:
     """The entries in the units of the kernel's decoder, whose scale multiplies after they are added; None where that
     cannot be: an entry beside a scale of zero, or one that is too large in such units."""
@@ -111,7 +128,7 @@ def _entry_tiles(base: AffineWeight | CodebookWeight, rest: SparseResidual, dtyp
     scales = base.scales if isinstance(base, AffineWeight) else hopper.table_scales(base, name)
     if scales is not None:
         scales = np.asarray(scales.astype(jnp.float32)).reshape(base.shape[0], -1)
-        row = np.repeat(np.arange(base.shape[0]), np.diff(pointer))
+        row = _rows(base, rest)
         group = columns // base.group_size if isinstance(base, AffineWeight) else 0
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             values = values / scales[row, group]

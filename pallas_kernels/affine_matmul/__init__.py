@@ -29,7 +29,7 @@ from pallas_kernels.affine_matmul.config import (
     supported as supported,
     supported_config as supported_config,
 )
-from pallas_kernels.affine_matmul.half_range import fits_half as fits_half
+from pallas_kernels.affine_matmul.half_range import entries_fit_half as entries_fit_half, fits_half as fits_half
 from pallas_kernels.affine_matmul.launch import check_entries, check_tokens, launch
 from pallas_kernels.fragments import fragments_shape
 from pallas_kernels.sparse_matmul import EntryTiles

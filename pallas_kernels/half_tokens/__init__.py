@@ -1,8 +1,9 @@
 """bfloat16 tokens [M, K] as float16 tokens with a scale each that is a power of two: x[m, k] ~ scales[m] * half[m, k].
 
 Where the weights of a product are exact or nearly so in float16, and not in bfloat16, tokens become float16 first:
-beside tables of int8 entries, and beside groups whose scales are multiplied in 16 bits (`affine_matmul` with many
-tokens). `convert` takes the kernel of `rows`, one launch, where there is one for the shape, and else XLA's three.
+beside tables of int8 entries, and beside affine weights that are rounded, by scales of groups that are multiplied in 16
+bits (`affine_matmul` with many tokens) or by sparse entries that are added. `convert` takes the kernel of `rows`, one
+launch, where there is one for the shape, and else XLA's three.
 """
 
 import jax

@@ -130,11 +130,12 @@ def test_prepared_layers_lower_to_a_kernel_and_keep_their_meaning(name: str) -> 
         program = lower_for_gpu(linear, x, ready)
         assert "mosaic_gpu" in program
         inside = "+s2%" in name and "zero scales" not in name
-        # one token beside tables: a kernel that makes it pieces of int8; int8 tables beside bfloat16, or weights of
-        # groups that are rounded: one that makes it float16
+        # one token beside tables: a kernel that makes it pieces of int8; int8 tables beside bfloat16, or weights that
+        # groups or entries round: one that makes it float16
         beside = tokens == 1 and name.startswith(("w3-codebook", "w4-codebook"))
         beside |= name.startswith(("w4-codebook-int8", "w3-codebook-int8"))
-        beside |= tokens > 128 and name in GROUPED and not inside
+        beside |= tokens > 128 and name in GROUPED
+        beside |= tokens > hopper.ROWS_TOKENS and inside and "codebook" not in name
         if isinstance(w, QuantizedLinear):
             by_row = w.residual is not None and (tokens <= hopper.ROWS_TOKENS or "zero scales" in name)
             beside = (w.activation is not None) + by_row + beside

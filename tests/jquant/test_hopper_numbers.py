@@ -25,7 +25,7 @@ from jquant.linear import choose, hopper, preparation, prepare
 from pallas_kernels.affine_matmul import Problem, rounds_weights
 from pallas_kernels.fragments import unpack_fragments
 from pallas_kernels.half_tokens import half_tokens
-from pallas_kernels.sparse_matmul import prepare_tiles
+from pallas_kernels.sparse_matmul import EntryTiles, prepare_tiles
 
 N, K = 200, 648
 
@@ -42,21 +42,62 @@ def _codebook_matmul(
     return _sum(x, weight, scales, more)
 
 
-def _affine_matmul(x: Any, words: Any, scales: Any, zeros: Any = None, *, bits: int, outputs: int, **more: Any) -> Any:
+def _affine_matmul(
+    x: Any,
+    words: Any,
+    scales: Any,
+    zeros: Any = None,
+    *,
+    bits: int,
+    outputs: int,
+    entries: EntryTiles | None = None,
+    **more: Any,
+) -> Any:
     codes = unpack_fragments(words, bits, "pairs", (outputs, x.shape[1])).astype(jnp.float32)
     size = more["group_size"] or x.shape[1]
     group, row = np.arange(x.shape[1]) // size, slice(0, outputs)
     offset = 2.0 ** (bits - 1) if zeros is None else zeros[group, row].T.astype(jnp.float32)
     scale = scales[group, row].T.astype(jnp.float32)
     weight = codes - offset
+    if entries is not None:
+        assert entries.dtype == x.dtype.name
+        weight = _rounded(weight + _dense(entries, weight.shape), x.dtype)
     tokens, inputs = x.shape
-    kinds = x.dtype.name, scales.dtype.name
+    kinds = x.dtype.name, scales.dtype.name, 0 if entries is None else entries.slots.shape[2]
     if rounds_weights(Problem(tokens, outputs, inputs, bits, more["group_size"], zeros is not None, *kinds)):
         weight = _rounded(_rounded(scale, x.dtype) * weight, x.dtype)
     else:
         weight = scale * weight
     assert weight.shape == (outputs, x.shape[1])
     return _sum(x, weight, None, more)
+
+
+def _dense(tiles: EntryTiles, shape: tuple[int, ...]) -> Any:
+    """The entries as a matrix, read as `pallas_kernels.sparse_matmul.tiles` draws them."""
+    slots, overflow = np.asarray(tiles.slots), np.asarray(tiles.overflow)
+    found = np.zeros((64 * slots.shape[0], 128 * slots.shape[1]), np.float32)
+    for block in np.ndindex(slots.shape[:2]):
+        words = slots[block]
+        for i in range(8):
+            half, warp = divmod(i, 4)
+            mask, head = (int(word) for word in words[2 * i : 2 * i + 2])
+            lanes, begin, further = _bits(mask), (head & 0xFF) + 2 * warp, (head >> 8 & 0x7F) - 1
+            seconds = [lane for r, lane in enumerate(lanes) if head >> 31 - r & 1]
+            pairs = [*zip(lanes, words[begin:], strict=False), *zip(seconds, words[begin - 1 :: -1], strict=False)]
+            rest = overflow[words[begin] :] if head & 0x8000 else words[begin + len(lanes) :]
+            for _ in range(further):
+                lanes = _bits(int(rest[0]))
+                pairs += zip(lanes, rest[1:], strict=False)
+                rest = rest[1 + len(lanes) :]
+            for lane, entry in pairs:
+                row = 64 * block[0] + 16 * warp + lane // 4 + 8 * (entry & 1)
+                column = 128 * block[1] + 64 * half + (entry >> 9 & 63)
+                found[row, column] += np.uint16(entry >> 16).view(jnp.dtype(tiles.dtype))
+    return jnp.asarray(found[: shape[0], : shape[1]])
+
+
+def _bits(mask: int) -> list[int]:
+    return [lane for lane in range(32) if mask >> lane & 1]
 
 
 def _rounded(values: Any, dtype: Any) -> Any:
@@ -178,13 +219,56 @@ def test_whole_rows_and_float16_tokens_stay_what_they_are() -> None:
     assert "as float16" not in choose(prepare(_affine(4, 64, True)), 200, dtype=jnp.float16).reason
 
 
-def test_entries_inside_the_product_keep_their_type() -> None:
-    mask = jnp.asarray(np.random.default_rng(0).random((N, K)) < 0.01)
-    values = jnp.asarray(np.random.default_rng(1).normal(size=(N, K)), jnp.float32)
-    layer = QuantizedLinear(_affine(4, 64, True), residual=sparse_residual(mask, values, jnp.float16))
-    ready = prepare(layer)
-    reason = choose(ready, 200).reason
-    assert ready.residual.by_tile.dtype == "bfloat16"
-    assert "added to the weights" in reason and "as float16" not in reason
+def _with_entries(base: Any, share: float = 0.01, size: float = 1.0, kind: Any = jnp.float16) -> QuantizedLinear:
+    mask = jnp.asarray(np.random.default_rng(0).random((N, K)) < share)
+    values = jnp.asarray(np.random.default_rng(1).normal(size=(N, K)) * size, jnp.float32)
+    return QuantizedLinear(base, residual=sparse_residual(mask, values, kind))
+
+
+@pytest.mark.parametrize("tokens", [17, 64, 200])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 128, True), (3, 64, False), (4, None, True)])
+def test_entries_inside_the_product_lose_little(
+    bits: int, group: int | None, symmetric: bool, size: float, tokens: int
+) -> None:
+    ready = prepare(_with_entries(_affine(bits, group, symmetric), size=size))
+    reason = choose(ready, tokens).reason
+    assert ready.residual.by_tile.dtype == "float16"
+    assert "added to the weights" in reason and "bfloat16 as float16" in reason
+    assert _error(ready, tokens) <= 2e-3
+    # the same entries for tokens that are float16 from the start
+    assert "as float16" not in choose(ready, tokens, dtype=jnp.float16).reason
+    assert _error(ready, tokens, jnp.float16) <= 1e-3
     beside = dataclasses.replace(ready, residual=dataclasses.replace(ready.residual, by_tile=None))
-    assert "by row" in choose(beside, 200).reason and "as float16" in choose(beside, 200).reason
+    assert "by row" in choose(beside, tokens).reason
+    assert ("as float16" in choose(beside, tokens).reason) == (tokens == 200 and group is not None)
+
+
+@pytest.mark.parametrize(
+    ("scale", "size", "fits"),
+    [
+        (2.0**-4, 1.0, True),
+        (2.0**-4, 2.0**13, False),  # in units of the scale they overflow
+        (2.0**11, 3e4, False),  # the sum with a weight does
+        (2.0**-24, 2.0**-20, False),  # multiples of 2**-24
+    ],
+)
+def test_entries_out_of_the_range_of_float16_stay_bfloat16(scale: float, size: float, fits: bool) -> None:
+    base = _affine(4, 64, True, jnp.float32, scale)
+    mask = jnp.zeros((N, K), bool).at[7, 300].set(True)
+    rest = sparse_residual(mask, jnp.full((N, K), size, jnp.float32), jnp.float16)
+    ready = prepare(QuantizedLinear(base, residual=rest))
+    assert ready.residual.by_tile.dtype == ("float16" if fits else "bfloat16")
+    assert ready.weight.fits_half == fits
+    assert ("as float16" in choose(ready, 200).reason) == fits
+    assert _error(ready, 200) <= (2e-3 if fits else 3.2e-3)
+
+
+def test_entries_by_row_leave_the_weights_float16() -> None:
+    base = _affine(4, 64, True)
+    base = dataclasses.replace(base, scales=base.scales.at[7, 4].set(0))
+    mask = jnp.zeros((N, K), bool).at[7, 300].set(True)  # beside a scale of zero
+    ready = prepare(QuantizedLinear(base, residual=sparse_residual(mask, jnp.ones((N, K)), jnp.float16)))
+    assert ready.residual.by_tile is None and ready.weight.fits_half
+    reason = choose(ready, 200).reason
+    assert "by row" in reason and "as float16" in reason
