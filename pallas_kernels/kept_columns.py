@@ -8,8 +8,8 @@ tile of rows 64i.. and columns 64c.., whose 2048 words in a row are
     [4 steps s][128 threads][a0 a1 a2 a3]
 
 so a thread reads the four registers of an instruction at once, without bank conflicts; the shape [16, 128] only serves
-to copy them. Thread th of 128: warp w = th // 32, g = th % 32 // 4, t = th % 4; rows r0 = 16w + g and r1 = r0 + 8 of the
-tile; a register holds two columns, the even one in its low half:
+to copy them. Thread th of 128: warp w = th // 32, g = th % 32 // 4, t = th % 4; it owns rows r0 = 16w + g and
+r1 = r0 + 8 of the tile, and a register holds two columns, the even one in its low half:
 
     a0 = (r0; 16s + 2t, +1)    a1 = (r1; 16s + 2t, +1)    a2 = (r0; 16s + 2t + 8, +9)    a3 = (r1; 16s + 2t + 8, +9)
 
@@ -74,8 +74,9 @@ def kept_weight(kept: KeptFragments, shape: tuple[int, int]) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
 def _pack(weight: jax.Array, dtype: str) -> jax.Array:
-    blocks, tiles = kept_shape(weight.shape)[:2]
+    rows, columns = weight.shape
+    shape = kept_shape((rows, columns))
     full = jnp.pad(weight.astype(dtype), [(0, -size % TILE) for size in weight.shape])
-    split = full.reshape(blocks, *_SIZES[:3], tiles, *_SIZES[3:])
+    split = full.reshape(shape[0], *_SIZES[:3], shape[1], *_SIZES[3:])
     ordered = jnp.transpose(split, [_AXES.index(axis) for axis in _WORD_AXES])
-    return jax.lax.bitcast_convert_type(ordered, jnp.uint32).reshape(kept_shape(weight.shape))
+    return jax.lax.bitcast_convert_type(ordered, jnp.uint32).reshape(shape)

@@ -30,6 +30,7 @@ from jquant.format.layouts import affine_zeros, grid_scales, with_layout, words
 from jquant.format.rotation import Rotation
 from jquant.format.semistructured import SparseAffineWeight, dequantize_semistructured
 from jquant.format.spec import GroupAxis
+from pallas_kernels.kept_columns import KeptFragments
 from pallas_kernels.packing import pack_codes, unpack_codes
 from pallas_kernels.sparse_matmul import EntryTiles, SparseRows
 
@@ -105,12 +106,14 @@ class OutlierColumns:
     """Input columns kept as they are. Exclusive: the base weight has no code for them, its width is K - k.
 
     index int32 [k], ascending; weight [N, k]. slots int32 says which column each slot of quantized inputs holds
-    (`pallas_kernels.activation_quantize`); `jquant.prepare` adds it.
+    (`pallas_kernels.activation_quantize`); fragments is `weight`, rounded to the type of 16-bit activations, as the
+    kernels of the base read it. `jquant.prepare` adds both.
     """
 
     index: jax.Array
     weight: jax.Array
     slots: jax.Array | None = None
+    fragments: KeptFragments | None = None
 
 
 @_pytree("shape")
@@ -298,7 +301,9 @@ def canonical(weight: Weight) -> Weight:
         rest = weight.residual
         if rest is not None:
             rest = dataclasses.replace(rest, rows=None, by_row=None, by_tile=None)
-        kept = None if weight.outliers is None else dataclasses.replace(weight.outliers, slots=None)
+        kept = weight.outliers
+        if kept is not None:
+            kept = dataclasses.replace(kept, slots=None, fragments=None)
         return dataclasses.replace(weight, weight=canonical(weight.weight), outliers=kept, residual=rest)
     if isinstance(weight, SparseAffineWeight):
         return weight

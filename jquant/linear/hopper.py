@@ -4,10 +4,11 @@
 
 The base is multiplied in packed form, in the layout "fragments" that `jquant.prepare` makes; nothing of the weight's
 size is decoded to memory. Integer activations are quantized first, each token by itself, with the kept columns split
-off in the same pass, and lie in the order of the 8-bit tensor-core operand. Sparse entries are added to the decoded
-weights, or have a product of their own, beside kept columns and where they do not fit the units of the decoder; what is
-added to the base is added to float32 sums. One 16-bit token beside a table is multiplied as three tokens of 8 bits,
-whose look-ups take fewer instructions.
+off in the same pass, and lie in the order of the 8-bit tensor-core operand. Kept columns are multiplied in the kernel
+of the base, on top of its sums, if they were prepared for the type of the tokens. Sparse entries are added to the
+decoded weights, or have a product of their own, beside kept columns and where they do not fit the units of the decoder;
+what is added to the base is added to float32 sums. One 16-bit token beside a table is multiplied as three tokens of 8
+bits, whose look-ups take fewer instructions.
 """
 
 import dataclasses
@@ -125,8 +126,8 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
     """What `product` does, in words."""
     base, act, name = layer.weight, layer.activation, jnp.dtype(dtype).name
     assert not isinstance(base, SparseAffineWeight)
-    tiles = _tiles(layer, tokens, name)
-    problem = _problem(base, act, tokens, name, _words(tiles))
+    tiles, inside = _tiles(layer, tokens, name), _columns_inside(layer, tokens, name)
+    problem = _problem(base, act, tokens, name, _words(tiles), inside)
     if isinstance(base, CodebookWeight):
         config = codebook_matmul.choose(problem, 1 if is_snapped(base) else 2)
     else:
@@ -135,10 +136,12 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
     inputs = f"{name} in {problem.pieces} pieces of 8 bits" if problem.pieces > 1 else inputs
     inputs = inputs if act is None else f"{act.bits}-bit codes"
     codes = f"{base.bits}-bit codes" + (" into an int8 table" if is_snapped(base) else "")
-    entries = ""
+    columns = entries = ""
+    if layer.outliers is not None:
+        columns = ", kept columns " + ("inside the product" if inside else "beside it")
     if layer.residual is not None:
         entries = ", sparse entries " + ("by row" if tiles is None else "added to the weights")
-    return f"{codes} by {inputs}, blocks of {config.rows} outputs x {config.block_m} tokens{entries}"
+    return f"{codes} by {inputs}, blocks of {config.rows} outputs x {config.block_m} tokens{columns}{entries}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -149,17 +152,19 @@ def product(x: jax.Array, layer: QuantizedLinear, out_dtype: DTypeLike) -> jax.A
         x = rotate(x, layer.transform)
     tiles = _tiles(layer, x.shape[0], x.dtype.name)
     by_row = None if rest is None or tiles is not None else rest.by_row
-    kind = out_dtype if kept is None and by_row is None else jnp.float32
+    inside = _columns_inside(layer, x.shape[0], x.dtype.name) > 0
+    kind = out_dtype if (kept is None or inside) and by_row is None else jnp.float32
+    assert not isinstance(base, SparseAffineWeight)
+    inputs, beside = x, None
+    more: dict[str, Any] = {"entries": tiles}
     if act is not None:
-        assert not isinstance(base, SparseAffineWeight)
-        y, beside = _integers(x, base, act, kept, kind)
-    else:
-        inputs, beside = x, None
-        if kept is not None:
-            inputs, beside = x[:, base_columns(kept.index, base.shape[1])], x[:, kept.index]
-        assert not isinstance(base, SparseAffineWeight)
-        y = _base(inputs, base, kind, entries=tiles)
-    if kept is not None and beside is not None:
+        inputs, beside, more = _integers(x, base, act, kept)
+    elif kept is not None:
+        inputs, beside = x[:, base_columns(kept.index, base.shape[1])], x[:, kept.index]
+    if kept is not None and inside:
+        more["kept"] = (beside, kept.fragments)
+    y = _base(inputs, base, kind, **more)
+    if kept is not None and beside is not None and not inside:
         y = y + xla.dense(beside, kept.weight)
     if by_row is not None:
         y = sparse_matmul.add_rows(y, x, by_row, out_dtype=out_dtype)
@@ -179,9 +184,9 @@ product.defvjp(_forward, _backward)
 
 
 def _integers(
-    x: jax.Array, base: Packed, act: ActivationQuant, kept: OutlierColumns | None, out_dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array | None]:
-    """The base by the quantized inputs, and the inputs that were kept."""
+    x: jax.Array, base: Packed, act: ActivationQuant, kept: OutlierColumns | None
+) -> tuple[jax.Array, jax.Array | None, dict[str, Any]]:
+    """The codes of quantized inputs, the inputs that were kept, and what the base's product must know of the codes."""
     columns, index = (None, None) if kept is None else (kept.slots, kept.index)
     count = 0 if kept is None else kept.index.shape[0]
     in_one = activation_quantize.supported(x.shape[0], x.shape[1], count, x.dtype, act.bits) is None
@@ -190,7 +195,7 @@ def _integers(
     more: dict[str, Any] = {"x_scales": tokens.scales}
     if tokens.offsets is not None:
         more |= {"x_offsets": tokens.offsets, "row_sums": base.row_sums}
-    return _base(tokens.codes, base, out_dtype, **more), tokens.kept
+    return tokens.codes, tokens.kept, more
 
 
 def _base(x: jax.Array, base: Packed, out_dtype: DTypeLike, **more: Any) -> jax.Array:
@@ -200,7 +205,7 @@ def _base(x: jax.Array, base: Packed, out_dtype: DTypeLike, **more: Any) -> jax.
 
 
 def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
-    problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")))
+    problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")), _columns(more.get("kept")))
     if problem.x_dtype != x.dtype.name:
         x, more["x_scales"] = half_tokens.convert(x)
     more |= {"bits": base.bits, "outputs": base.shape[0], "group_size": _group_size(base), "out_dtype": out_dtype}
@@ -209,7 +214,7 @@ def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any)
 
 def _codebook(x: jax.Array, base: CodebookWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
     tables, scales = base.tables, table_scales(base, x.dtype.name)
-    problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")))
+    problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")), _columns(more.get("kept")))
     if problem.pieces > 1:
         more["pieces"] = problem.pieces
         x, more["x_scales"] = codebook_matmul.split_row(x)
@@ -239,13 +244,28 @@ def _tiles(layer: QuantizedLinear, tokens: int, dtype: str) -> sparse_matmul.Ent
     return None if by_row else rest.by_tile
 
 
+def _columns_inside(layer: QuantizedLinear, tokens: int, dtype: str) -> int:
+    """The kept columns that the base's product is to add, 0 if they have a product of their own. A token in pieces is
+    not what they multiply."""
+    kept = layer.outliers
+    if kept is None or kept.fragments is None or kept.fragments.dtype != dtype:
+        return 0
+    assert not isinstance(layer.weight, SparseAffineWeight)
+    problem = _problem(layer.weight, layer.activation, tokens, dtype, 0)
+    return kept.index.shape[0] if problem.pieces == 1 else 0
+
+
+def _columns(kept: affine_matmul.Kept | None) -> int:
+    return 0 if kept is None else kept[0].shape[1]
+
+
 def _words(tiles: sparse_matmul.EntryTiles | None) -> int:
     return 0 if tiles is None else tiles.slots.shape[-1]
 
 
 def _in_pieces(base: Packed, problem: affine_matmul.Problem) -> bool:
-    """Whether a 16-bit token becomes three of 8 bits. Sparse entries are added to 16-bit operands only."""
-    if not isinstance(base, CodebookWeight) or problem.entry_words:
+    """Whether a 16-bit token becomes three of 8 bits. Not with anything beside the base in its product."""
+    if not isinstance(base, CodebookWeight) or problem.entry_words or problem.kept_columns:
         return False
     if not is_snapped(base) and base.byte_tables is None:
         return False
@@ -260,7 +280,7 @@ def _supported(base: Packed, act: ActivationQuant | None, tokens: int, dtype: st
 
 
 def _problem(
-    base: Packed, act: ActivationQuant | None, tokens: int, dtype: str, entry_words: int
+    base: Packed, act: ActivationQuant | None, tokens: int, dtype: str, entry_words: int, kept_columns: int = 0
 ) -> affine_matmul.Problem:
     table = isinstance(base, CodebookWeight)
     problem = affine_matmul.Problem(
@@ -273,6 +293,7 @@ def _problem(
         x_dtype=dtype if act is None else "int8",
         scale_dtype="float32" if table else base.scales.dtype.name,
         entry_words=entry_words,
+        kept_columns=kept_columns,
     )
     if act is None and _in_pieces(base, problem):
         planes = 1 if is_snapped(base) else 2

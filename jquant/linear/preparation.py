@@ -27,6 +27,7 @@ from pallas_kernels.activation_quantize import slot_columns
 from pallas_kernels.affine_matmul import entries_fit_half, fits_half
 from pallas_kernels.codebook_matmul import fixed_point_tables, prepare_tables, rounded_tables
 from pallas_kernels.device import no_hopper, platform
+from pallas_kernels.kept_columns import prepare_kept
 from pallas_kernels.sparse_matmul import EntryTiles, prepare_rows, prepare_tiles
 
 # A single token is split for tables in fixed point by a kernel of its own. With 2**24 weights in 3 bits that makes 8.4
@@ -38,9 +39,9 @@ def prepare(tree: Any) -> Any:
     """The same model with every packed weight in the form this device reads fastest; once, after loading.
 
     On a CPU the base goes into the "stream_t" layout; on a Hopper GPU, where a kernel takes the layer, into
-    "fragments", with the entries of a residual as its kernel reads them; not if the model runs in float32, which no
-    kernel does. Else a residual gets the row of each entry beside it. Weights are converted one at a time, so the
-    extra memory is one weight's.
+    "fragments", with kept columns and the entries of a residual as the kernels read them; not if the model runs in
+    float32, which no kernel does. Else a residual gets the row of each entry beside it. Weights are converted one at a
+    time, so the extra memory is one weight's.
     """
     dtype = jnp.dtype(running_dtype(tree))
     return jax.tree.map(lambda leaf: _prepared(leaf, dtype) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
@@ -85,6 +86,8 @@ def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
         base = dataclasses.replace(base, row_sums=sums)
     if kept is not None and act is not None:
         kept = dataclasses.replace(kept, slots=slot_columns(shape_of(layer)[1], kept.index))
+    if kept is not None and kept.index.size:
+        kept = dataclasses.replace(kept, fragments=prepare_kept(kept.weight, dtype))
     return dataclasses.replace(layer, weight=base, outliers=kept, residual=rest)
 
 

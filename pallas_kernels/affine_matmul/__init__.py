@@ -6,6 +6,9 @@
     8-bit x:    y[m, n] = x_scales[m] * sum_k x[m, k] * W[n, k] + x_offsets[m] * row_sums[n],
                 row_sums[n] = sum_k W[n, k]; sums of codes are exact, and scaled in float32
 
+    kept columns, inputs and weights of 16 bits apart from those, are added to either before y is rounded:
+                y[m, n] += sum_c kept_x[m, c] * kept_W[n, c]
+
 The same packed words serve all of them: `pallas_kernels.fragments`, order "pairs"; 8-bit x comes in `slot_order`.
 The weights are decoded in registers, so the tensor core reads no decoded weight from memory (the idea of Marlin,
 arXiv 2408.11743, with `wgmma`, whose register operand they are: outputs are the rows of the product, tokens its
@@ -30,7 +33,7 @@ from pallas_kernels.affine_matmul.config import (
     supported_config as supported_config,
 )
 from pallas_kernels.affine_matmul.half_range import entries_fit_half as entries_fit_half, fits_half as fits_half
-from pallas_kernels.affine_matmul.launch import check_entries, check_tokens, launch
+from pallas_kernels.affine_matmul.launch import Kept as Kept, check_entries, check_kept, check_tokens, launch
 from pallas_kernels.fragments import fragments_shape
 from pallas_kernels.sparse_matmul import EntryTiles
 
@@ -48,6 +51,7 @@ def affine_matmul(
     x_offsets: jax.Array | None = None,
     row_sums: jax.Array | None = None,
     entries: EntryTiles | None = None,
+    kept: Kept | None = None,
     out_dtype: Any = None,
     config: Config | None = None,
 ) -> jax.Array:
@@ -57,8 +61,9 @@ def affine_matmul(
     scales [G, N] float32, bfloat16 or float16, zeros [G, N] whole numbers 0..255; G = ceil(K / group_size), 1 for
     None. With 8-bit x, zeros are at most 2**bits and scales of groups below 2**27. x_offsets [M] or [M, 1] and row_sums
     [N] float32 go with 8-bit x, x_scales [M] or [M, 1] float32 with any. entries, with 16-bit x: sparse entries added
-    to W, each divided by the scale of its place, of the type of x. Rows of `scales` and `zeros` of groups that are no
-    multiple of 64 long are padded here, a copy: pad them once beforehand.
+    to W, each divided by the scale of its place, of the type of x. kept: inputs [M, k] of kept columns and their
+    weights, from `pallas_kernels.kept_columns`, of the same type; x_scales are not theirs. Rows of `scales` and `zeros`
+    of groups that are no multiple of 64 long are padded here, a copy: pad them once beforehand.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
     tokens, inputs = x.shape
@@ -67,10 +72,9 @@ def affine_matmul(
     check_tokens(tokens, outputs, x_scales, x_offsets, row_sums)
     if zeros is not None and group_size is None:  # zeros belong to groups: the row is one, longer than any block
         group_size = 1 << max(inputs - 1, 2**14).bit_length()
-    words_each = check_entries(entries, outputs, x)
-    problem = Problem(
-        tokens, outputs, inputs, bits, group_size, zeros is not None, x.dtype.name, scales.dtype.name, words_each
-    )
+    words_each, columns = check_entries(entries, outputs, x), check_kept(kept, tokens, outputs)
+    kinds = x.dtype.name, scales.dtype.name
+    problem = Problem(tokens, outputs, inputs, bits, group_size, zeros is not None, *kinds, words_each, **columns)
     if reason := supported(problem):
         raise ValueError(f"no affine kernel: {reason}")
     config = choose(problem) if config is None else config
@@ -88,7 +92,7 @@ def affine_matmul(
             weight["zeros"] = _whole_tiles(zeros.astype(jnp.uint8))
     if entries is not None:
         weight |= {"slots": entries.slots, "overflow": entries.overflow}
-    return launch(problem, config, x, weight, x_scales, x_offsets, row_sums, out_dtype)
+    return launch(problem, config, x, weight, x_scales, x_offsets, row_sums, out_dtype, kept=kept)
 
 
 def _whole_tiles(values: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ by stream-K, through memory. Or `splits` CTAs share those of every block, and an
 import dataclasses
 from typing import Literal
 
+from pallas_kernels.kept_columns import DTYPES
+
 MULTIPROCESSORS = 132  # of an H100 or H200
 SHARED_MEMORY = 227 * 1024
 _REGISTERS = 65536  # of a multiprocessor
@@ -66,7 +68,8 @@ class Problem:
     """Static facts of one product. x_dtype "bfloat16", "float16" or "int8"; group_size None: whole rows; entry_words:
     words of sparse entries a block of 64 x 128 weights, 0 if there are none; pieces: rows of x that are the only token
     in parts, whose scaled products are added, or 1: every row is a token; planes: 8-bit operands of a weight, each with
-    sums of its own, of which the second stand for 256 times as much."""
+    sums of its own, of which the second stand for 256 times as much; kept_columns: inputs apart from those, multiplied
+    by weights of kept_dtype, 16 bits, as they are."""
 
     tokens: int
     outputs: int
@@ -79,6 +82,8 @@ class Problem:
     entry_words: int = 0
     pieces: int = 1
     planes: int = 1
+    kept_columns: int = 0
+    kept_dtype: str = "bfloat16"
 
     @property
     def x_bytes(self) -> int:
@@ -93,6 +98,11 @@ class Problem:
     def multiplies_entries(self) -> bool:
         """Whether sparse entries are multiplied by the inputs of the only token, and not added to weights."""
         return self.entry_words > 0 and self.tokens == 1
+
+    @property
+    def kept_tiles(self) -> int:
+        """Products of 64 kept columns each."""
+        return -(-self.kept_columns // 64)
 
 
 def registers_of_sums(problem: Problem, config: Config) -> int:
@@ -109,7 +119,14 @@ def shared_bytes(problem: Problem, config: Config) -> int:
         stage += _groups(problem, config) * config.rows * (scale + problem.has_zeros)
     stage += config.row_warpgroups * (config.block_k // 128) * problem.entry_words * 4
     others = config.k_warpgroups - 1 + config.cluster - 1  # whose sums are handed over
-    return config.stages * stage + others * config.rows * config.block_m * problem.planes * 4
+    kept = kept_places(problem, config) * (config.rows + config.block_m) * 128
+    return config.stages * stage + others * config.rows * config.block_m * problem.planes * 4 + kept
+
+
+def kept_places(problem: Problem, config: Config) -> int:
+    """Tiles of kept columns that shared memory holds. With few tokens those of a block are all under way before its
+    sums are finished: a wait would leave the memory idle. With many there is no room, and the tensor core is busy."""
+    return min(problem.kept_tiles, 4 if config.block_m <= 64 else 2)
 
 
 def _groups(problem: Problem, config: Config) -> int:
@@ -204,10 +221,19 @@ def no_entries(problem: Problem) -> str | None:
     return None
 
 
+def no_kept_columns(problem: Problem) -> str | None:
+    """None, or the reason why the kept columns of `problem` cannot be added to its sums."""
+    if problem.kept_columns and problem.kept_dtype not in DTYPES:
+        return f"kept columns are {problem.kept_dtype}; expected bfloat16 or float16"
+    if problem.kept_columns and problem.pieces > 1:
+        return "kept columns are multiplied by tokens, not by pieces of one"
+    return None
+
+
 def supported(problem: Problem) -> str | None:
     """None, or the reason why no configuration computes `problem`."""
     group = problem.group_size
-    if reason := no_entries(problem):
+    if reason := no_entries(problem) or no_kept_columns(problem):
         return reason
     if problem.bits not in (2, 3, 4, 8):
         return f"bits={problem.bits} has no kernel; expected 2, 3, 4 or 8"

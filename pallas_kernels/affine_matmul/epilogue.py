@@ -4,12 +4,14 @@
 
 A thread holds block_m / 2 sums of each plane of operands: register 4j + 2h + e is row r0 or r1 (h), token 8j + 2t + e.
 Two sets, of a low and of a high operand, meet first, high * 256 + low; what was summed for the only token, by pieces or
-by sparse entries apart, is added over the four threads that share rows.
+by sparse entries apart, is added over the four threads that share rows. Between scaling and writing y is float32, in
+the registers of the sums, where kept columns are added (`pallas_kernels.affine_matmul.kept_product`).
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -31,75 +33,100 @@ def store_block(
 ) -> Callable[..., None]:
     """The function (refs, first token, first row, split, sums) -> None that scales a block [64, block_m] and writes it.
 
-    dtypes: of the arrays there are; factor: how many times the weight an 8-bit operand is.
+    dtypes: of the arrays there are; factor: how many times the weight an 8-bit operand is. `add`, if it is given, takes
+    the scaled block, float32, and returns what is to be written.
 
     y[m, n] = sum * row_scales[n] * x_scales[m] + x_offsets[m] * row_sums[n], the factors that there are;
     of a token in pieces, y[0, n] = sum over j of sums[j] * row_scales[n] * x_scales[j].
     """
     epilogue = {name: dtypes[name] for name in ("row_scales", "x_scales", "x_offsets", "row_sums") if name in dtypes}
     count = registers_of_sums(problem, config)
+    values = 4 if problem.pieces > 1 else config.block_m // 2  # columns beyond the pieces are zero
 
     @plgpu.inline_mgpu(
-        arg_types=(
-            [plgpu.RefType()] * (1 + len(epilogue)),
-            [compat.SCALAR] * 3,
-            compat.registers_layout(count),
-        )
+        arg_types=([plgpu.RefType()] * len(epilogue), [compat.SCALAR] * 2, compat.registers_layout(count)),
+        return_type=compat.registers_type(values, jnp.float32),
     )
-    def store(_: Any, arrays: list[Value], places: list[Any], sums: Any) -> None:
-        bases = dict(zip(("out", *epilogue), (ops.global_address(ref) for ref in arrays), strict=True))
-        corner = [compat.scalar_of(place) for place in places]
-        out = jnp.dtype(dtype).name
-        _store(problem, config, bases, epilogue, corner, compat.registers_of(sums), out, factor)
+    def scale(_: Any, arrays: list[Value], places: list[Any], sums: Any) -> Any:
+        bases = dict(zip(epilogue, (ops.global_address(ref) for ref in arrays), strict=True))
+        row0, token0 = _first(*(compat.scalar_of(place) for place in places))
+        floats = _added(problem, compat.registers_of(sums))[:values]
+        return compat.array_of(_scaled(problem, bases, epilogue, row0, token0, floats, factor))
 
-    def run(refs: dict[str, Any], first_token: Any, first_row: Any, split: Any, sums: Any) -> None:
-        arrays = [refs[name] for name in ("out", *epilogue)]
-        store(arrays, [first_token, first_row, split], sums)  # pyright: ignore[reportCallIssue]
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), [compat.SCALAR] * 3, compat.registers_layout(values)))
+    def store(_: Any, out: Value, places: list[Any], block: Any) -> None:
+        first_token, first_row, split = (compat.scalar_of(place) for place in places)
+        base, name = ops.global_address(out), jnp.dtype(dtype).name
+        _store(problem, base, name, split, *_first(first_token, first_row), compat.registers_of(block))
+
+    def run(
+        refs: dict[str, Any],
+        first_token: Any,
+        first_row: Any,
+        split: Any,
+        sums: jax.Array,
+        add: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> None:
+        arrays = [refs[name] for name in epilogue]
+        block: Any = scale(arrays, [first_token, first_row], sums)  # pyright: ignore[reportCallIssue]
+        block = block if add is None else add(block)
+        store(refs["out"], [first_token, first_row, split], block)  # pyright: ignore[reportCallIssue]
 
     return run
 
 
-def _store(
-    problem: Problem,
-    config: Config,
-    bases: dict[str, Value],
-    dtypes: dict[str, str],
-    corner: list[Value],
-    sums: list[Value],
-    dtype: str,
-    factor: int,
-) -> None:
-    first_token, first_row, split = corner
+def _first(first_token: Value, first_row: Value) -> tuple[Value, Value]:
+    """Row r0 and the first token of a thread, of a block from first_row and first_token."""
     thread = compat.thread_in_warpgroup()
-    row0 = arith.addi(first_row, row_of(thread))
-    rows = [row0, arith.addi(row0, constant(8))]
-    token0 = arith.addi(first_token, arith.muli(arith.andi(thread, constant(3)), constant(2)))
+    column = arith.muli(arith.andi(thread, constant(3)), constant(2))
+    return arith.addi(first_row, row_of(thread)), arith.addi(first_token, column)
+
+
+def _added(problem: Problem, sums: list[Value]) -> list[Value]:
+    """Sums as float32, those of both operands and those of the threads that share rows as one."""
     values = [ops.to_float(v) if v.type == compat.i32() else v for v in sums]
     if problem.planes == 2:
         low, high = values[: len(values) // 2], values[len(values) // 2 :]
         values = [ops.multiply_add(h, ops.float_constant(256.0), v) for v, h in zip(low, high, strict=True)]
     if problem.multiplies_entries:
         values[0], values[2] = ops.sum_of_four(values[0]), ops.sum_of_four(values[2])
-    last_row, last_token = constant(problem.outputs - 1), constant(problem.tokens * problem.pieces - 1)
+    return values
 
-    def entry(name: str, index: Value, last: Value) -> Value:
-        return ops.load_float(bases[name], arith.minui(index, last), dtypes[name])
 
-    row_scales = None
-    if "row_scales" in bases:
-        row_scales = [entry("row_scales", row, last_row) for row in rows]
+def _scaled(
+    problem: Problem,
+    bases: dict[str, Value],
+    dtypes: dict[str, str],
+    row0: Value,
+    token0: Value,
+    values: list[Value],
+    factor: int,
+) -> list[Value]:
+    rows = [row0, arith.addi(row0, constant(8))]
+    last_row = constant(problem.outputs - 1)
+
+    def of_rows(name: str) -> list[Value] | None:
+        if name not in bases:
+            return None
+        return [ops.load_float(bases[name], arith.minui(row, last_row), dtypes[name]) for row in rows]
+
+    of_tokens = {name: ops.address_of_float(bases[name], token0) for name in ("x_scales", "x_offsets") if name in bases}
+
+    def of_token(name: str, ahead: int) -> Value | None:
+        if name not in bases:
+            return None
+        return ops.load_ahead(of_tokens[name], token0, ahead, problem.tokens * problem.pieces)
+
+    row_scales, row_sums = of_rows("row_scales"), of_rows("row_sums")
+    if row_scales is not None:
         if problem.x_dtype == "int8" and factor != 1:
             inverse = ops.float_constant(1.0 / factor)
             row_scales = [ops.multiply(scale, inverse) for scale in row_scales]
-    row_sums = [entry("row_sums", row, last_row) for row in rows] if "row_sums" in bases else None
-    sizes = (problem.tokens, problem.outputs)
-    pieces: list[list[Value]] = [[], []]  # of rows r0 and r1
-    for j in range(1 if problem.pieces > 1 else config.block_m // 8):
+    values = list(values)
+    for j in range(len(values) // 4):
         for e in range(2):
-            token = arith.addi(token0, constant(8 * j + e))
-            scale = entry("x_scales", token, last_token) if "x_scales" in bases else None
-            offset = entry("x_offsets", token, last_token) if "x_offsets" in bases else None
-            for h, row in enumerate(rows):
+            scale, offset = of_token("x_scales", 8 * j + e), of_token("x_offsets", 8 * j + e)
+            for h in range(2):
                 value = values[4 * j + 2 * h + e]
                 if row_scales is not None:
                     value = ops.multiply(value, row_scales[h])
@@ -107,11 +134,21 @@ def _store(
                     value = ops.multiply(value, scale)
                 if offset is not None and row_sums is not None:
                     value = ops.multiply_add(offset, row_sums[h], value)
-                if problem.pieces > 1:
-                    pieces[h].append(value)
-                else:
-                    ops.store_output(bases["out"], value, (split, token, row), sizes, dtype)
-    for row, parts in zip(rows, pieces, strict=True):
-        if parts:  # columns beyond the pieces are zero
-            total = ops.sum_of_four(arith.addf(*parts))
-            ops.store_output(bases["out"], total, (split, token0, row), sizes, dtype)
+                values[4 * j + 2 * h + e] = value
+    return values
+
+
+def _store(
+    problem: Problem, base: Value, dtype: str, split: Value, row0: Value, token0: Value, values: list[Value]
+) -> None:
+    rows, sizes = [row0, arith.addi(row0, constant(8))], (problem.tokens, problem.outputs)
+    if problem.pieces > 1:
+        for h, row in enumerate(rows):
+            total = ops.sum_of_four(arith.addf(values[2 * h], values[2 * h + 1]))
+            ops.store_output(base, total, (split, token0, row), sizes, dtype)
+        return
+    for j in range(len(values) // 4):
+        for e in range(2):
+            token = arith.addi(token0, constant(8 * j + e))
+            for h, row in enumerate(rows):
+                ops.store_output(base, values[4 * j + 2 * h + e], (split, token, row), sizes, dtype)

@@ -218,6 +218,22 @@ def load_float(base: Value, index: Value, dtype: str = "float32") -> Value:
     return compat.inline_assembly([compat.f32()], [base, index], text, "=f,l,r", True)[0]
 
 
+def address_of_float(base: Value, index: Value) -> Value:
+    """The address of entry `index` of an array of float32 in global memory, as a 64-bit register."""
+    return compat.inline_assembly([_i64()], [base, index], "mad.wide.u32 $0, $2, 4, $1;", "=l,l,r", True)[0]
+
+
+def load_ahead(address: Value, index: Value, ahead: int, count: int) -> Value:
+    """The float32 that lies `ahead` entries behind that of `index` at `address`, 0 from entry `count` of the array on.
+
+    Many of these share one address, where those of `load_float` keep two registers each."""
+    text = (
+        f"{{ .reg .pred inside; setp.lt.s32 inside, $2, {count - ahead}; mov.b32 $0, 0; "
+        f"@inside ld.global.nc.f32 $0, [$1 + {4 * ahead}]; }}"
+    )
+    return compat.inline_assembly([compat.f32()], [address, index], text, "=&f,l,r", True)[0]
+
+
 def store_output(
     base: Value, value: Value, index: tuple[Value, Value, Value], sizes: tuple[int, int], dtype: str
 ) -> None:

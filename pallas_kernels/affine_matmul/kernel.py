@@ -14,7 +14,9 @@ in one CTA or in the CTAs of a cluster, meet in shared memory (`pallas_kernels.a
 global memory (`pallas_kernels.affine_matmul.stream_k`); those of `splits` leave the kernel as [splits, M, N].
 
 Sparse entries, if there are any, come as [row warpgroups, block_k / 128, words] uint32 a stage and are added to the
-decoded weights (`pallas_kernels.sparse_matmul.tiles`); what overflowed stays in global memory.
+decoded weights (`pallas_kernels.sparse_matmul.tiles`); what overflowed stays in global memory. Kept columns, which have
+weights and inputs of 16 bits, are multiplied when the sums of a block are there
+(`pallas_kernels.affine_matmul.kept_product`).
 """
 
 import dataclasses
@@ -31,6 +33,7 @@ from pallas_kernels import compat
 from pallas_kernels.affine_matmul import running_sums
 from pallas_kernels.affine_matmul.config import Config, Problem, registers_of_sums, runs_on
 from pallas_kernels.affine_matmul.epilogue import store_block
+from pallas_kernels.affine_matmul.kept_product import copy_kept, kept_product, kept_scratch, offer_places
 from pallas_kernels.affine_matmul.parts import add_parts, add_shares, leave_together, parts_scratch
 from pallas_kernels.affine_matmul.register_decode import byte_factor
 from pallas_kernels.affine_matmul.rounds import Rounds
@@ -48,7 +51,8 @@ def affine_kernel(
     words [N/64, K/64, bits, 128]; x [M, K] with K a multiple of 64 (8 bits: 128) and M < 8 or a multiple of 8;
     x and x_scales of a token in pieces have a row each of them;
     scales, zeros [G, N] with N a multiple of 64; row_scales [N] of 16 or 32 bits; row_sums [N], x_scales and
-    x_offsets [M] float32; slots, overflow of sparse entries.
+    x_offsets [M] float32; slots, overflow of sparse entries; kept_words [N/64, k/64, 16, 128], kept_x [M, k] with k a
+    multiple of 64.
     """
     names = tuple(arrays)
     stage = _stage_types(problem, config)
@@ -59,7 +63,7 @@ def affine_kernel(
     scratch["empty"] = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
     sums = registers_of_sums(problem, config)
     kind = jnp.int32 if problem.x_dtype == "int8" and not runs_on(problem) else jnp.float32
-    scratch |= parts_scratch(config, sums, kind)
+    scratch |= parts_scratch(config, sums, kind) | kept_scratch(problem, config)
 
     out = [jax.ShapeDtypeStruct((config.splits, problem.tokens, problem.outputs), out_dtype)]
     if config.stream_k:
@@ -161,6 +165,10 @@ def _body(
         one = jnp.where(cluster >= 0, jnp.int32(1), jnp.int32(0))
         return first, *(one if isinstance(known, int) and known == 1 else known for known in (count, turns))
 
+    def kept_tiles(first: Any) -> Any:
+        """Tiles of kept columns that a CTA adds to a block: who has its first stage all of them."""
+        return jnp.where(first == 0, jnp.int32(problem.kept_tiles), 0)
+
     @pl.when(warpgroup == config.warpgroups)
     def _copy() -> None:
         if config.warpgroups > 1:
@@ -180,7 +188,10 @@ def _body(
                 _copy_stage(problem, config, refs, shared, slot, row, column, first + k)
                 return done + 1
 
-            return lax.fori_loop(0, count, step, done)
+            done = lax.fori_loop(0, count, step, done)
+            if problem.kept_columns:
+                copy_kept(problem, config, refs, shared, row, column, kept_tiles(first))
+            return done
 
         lax.fori_loop(0, mine, item, jnp.int32(0))
 
@@ -194,6 +205,10 @@ def _body(
         multiply = warpgroup_step(problem, config, kind, decoder)
         dtypes = {name: jnp.dtype(ref.dtype).name for name, ref in refs.items()}
         store = store_block(problem, config, out_dtype, dtypes, factor)
+        add_kept = None
+        if problem.kept_columns:
+            add_kept = functools.partial(kept_product(problem, config), shared, row_part)
+            pl.when(k_part == 0)(lambda: offer_places(problem, config, shared))
         names = [name for name in ("words", "x", "scales", "zeros", "slots") if name in shared]
         overflow = [refs["overflow"]] if problem.entry_words else []
 
@@ -226,6 +241,8 @@ def _body(
                 following = load_state(index + 1)
             first_row = (row * config.row_warpgroups + row_part) * 64
             write = functools.partial(store, refs, column * config.block_m, first_row, split)
+            if add_kept is not None:
+                write = functools.partial(write, add=functools.partial(add_kept, kept_tiles(first)))
             if config.stream_k:
                 piece = ranges.piece(index, cta)
                 finish = functools.partial(add_rest, ranges, refs["partials"], semaphores, piece, cta, row_part)

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from pallas_kernels.affine_matmul.config import Config, Problem
 from pallas_kernels.affine_matmul.kernel import affine_kernel
 from pallas_kernels.affine_matmul.warpgroup import Decoder
+from pallas_kernels.kept_columns import KeptFragments, kept_shape
 from pallas_kernels.sparse_matmul import EntryTiles, entry_tiles_shape
+
+Kept = tuple[jax.Array, KeptFragments]  # inputs [M, k] of 16 bits, and their weights
 
 
 def launch(
@@ -21,8 +24,10 @@ def launch(
     row_sums: jax.Array | None,
     out_dtype: Any,
     decoder: Decoder | None = None,
+    kept: Kept | None = None,
 ) -> jax.Array:
-    """y [M, N] in `out_dtype`. weight: the arrays of the weight, named as in `affine_kernel`; x as given, unpadded."""
+    """y [M, N] in `out_dtype`. weight: the arrays of the weight, named as in `affine_kernel`; x as given, unpadded, and
+    so the inputs of kept columns."""
     tokens, inputs = x.shape
     if x.dtype == jnp.int8 and inputs % 16:
         raise ValueError(f"8-bit x has {inputs} columns, slots come in blocks of 16; pad x with zeros before ordering it")
@@ -32,6 +37,10 @@ def launch(
         "x": jnp.pad(x, ((0, padding), (0, -inputs % problem.x_columns))),
         **{name: array for name, array in weight.items() if name != "words"},
     }
+    if kept is not None:
+        beside, fragments = kept
+        arrays["kept_words"] = fragments.words
+        arrays["kept_x"] = jnp.pad(beside, ((0, padding), (0, -beside.shape[1] % 64)))
     if x_scales is not None:
         arrays["x_scales"] = x_scales.reshape(-1).astype(jnp.float32)
     offset = None
@@ -62,6 +71,22 @@ def check_tokens(
         raise ValueError(f"row_sums has shape {list(row_sums.shape)}; expected {[outputs]}")
     if (x_offsets is None) != (row_sums is None):
         raise ValueError("x_offsets and row_sums go together; give both or none")
+
+
+def check_kept(kept: Kept | None, tokens: int, outputs: int) -> dict[str, Any]:
+    """What a `Problem` says of kept columns. ValueError unless they are for so many tokens and outputs, of one type."""
+    if kept is None:
+        return {}
+    x, fragments = kept
+    if x.ndim != 2 or x.shape[0] != tokens or not x.shape[1]:
+        raise ValueError(f"inputs of kept columns have shape {list(x.shape)}; expected [{tokens}, k], k at least 1")
+    if x.dtype.name != fragments.dtype:
+        raise ValueError(
+            f"kept columns are {fragments.dtype} and their inputs {x.dtype}; expected one type, prepare them for it"
+        )
+    if fragments.words.shape != (shape := kept_shape((outputs, x.shape[1]))):
+        raise ValueError(f"words of kept columns have shape {list(fragments.words.shape)}; expected {list(shape)}")
+    return {"kept_columns": x.shape[1], "kept_dtype": fragments.dtype}
 
 
 def check_entries(entries: EntryTiles | None, outputs: int, x: jax.Array) -> int:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.affine_matmul.config import Config, Problem, supported_config
-from pallas_kernels.affine_matmul.launch import check_entries, check_tokens, launch
+from pallas_kernels.affine_matmul.launch import Kept, check_entries, check_kept, check_tokens, launch
 from pallas_kernels.codebook_matmul.choice import choose as choose, supported as supported
 from pallas_kernels.codebook_matmul.decode import table_planes, table_words
 from pallas_kernels.codebook_matmul.fixed_point import fixed_point_tables as fixed_point_tables
@@ -69,6 +69,7 @@ def codebook_matmul(
     x_offsets: jax.Array | None = None,
     row_sums: jax.Array | None = None,
     entries: EntryTiles | None = None,
+    kept: Kept | None = None,
     pieces: int = 1,
     out_dtype: Any = None,
     config: Config | None = None,
@@ -79,7 +80,8 @@ def codebook_matmul(
     x [M, K] bfloat16, float16, or int8 codes in slot order; words uint32 [ceil(N/64), ceil(K/64), bits, 128]; tables
     from `prepare_tables`, of the dtype of x or of int8; scales [N] of 16 or 32 bits. x_offsets [M] or [M, 1] and
     row_sums [N] go with 8-bit x, x_scales [M] or [M, 1] with any. entries, with 16-bit x: sparse entries added to the
-    looked-up weights, so divided by the scale of their row, of the type of x, or of float16 beside int8 tables.
+    looked-up weights, so divided by the scale of their row, of the type of x, or of float16 beside int8 tables. kept:
+    inputs [M, k] of kept columns and their weights, as `affine_matmul` takes them, not beside pieces.
     pieces: rows of 8-bit x that are one token, from `split_row` with its scales as x_scales; M is 1 then, and x may be
     padded with zeros to a multiple of 128; tables are of int8 entries, or of 16 bits from `fixed_point_tables`, whose
     scales belong to `scales`. 1: every row is a token.
@@ -100,7 +102,8 @@ def codebook_matmul(
         x_scales = powers if x_scales is None else powers * x_scales.reshape(-1).astype(jnp.float32)
     words_each = check_entries(entries, outputs, x)
     planes = max(1, entry_bytes // x.dtype.itemsize)
-    problem = Problem(tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32", words_each, pieces, planes)
+    facts = tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32", words_each, pieces, planes
+    problem = Problem(*facts, **check_kept(kept, rows, outputs))
     if reason := supported(problem):
         raise ValueError(f"no codebook kernel: {reason}")
     config = choose(problem, entry_bytes) if config is None else config
@@ -114,7 +117,7 @@ def codebook_matmul(
         weight["row_scales"] = scales
     if entries is not None:
         weight |= {"slots": entries.slots, "overflow": entries.overflow}
-    return launch(problem, config, x, weight, x_scales, x_offsets, row_sums, out_dtype, decoder)
+    return launch(problem, config, x, weight, x_scales, x_offsets, row_sums, out_dtype, decoder, kept)
 
 
 def _check_pieces(x: jax.Array, pieces: int, x_scales: jax.Array | None, x_offsets: jax.Array | None) -> None:
