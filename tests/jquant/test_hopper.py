@@ -14,6 +14,7 @@ from jquant.format.weights import (
     OutlierColumns,
     QuantizedLinear,
     affine_weight,
+    canonical,
     codebook_weight,
     dequantize,
     shape_of,
@@ -22,6 +23,7 @@ from jquant.format.weights import (
 )
 from jquant.linear import choose, hopper, linear, preparation, prepare, xla
 from pallas_kernels import device
+from pallas_kernels.kept_columns import kept_weight
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
 N, K = 130, 200  # no multiple of a tile
@@ -55,6 +57,13 @@ def _quik(bits: int, symmetric: bool) -> QuantizedLinear:
     kept = OutlierColumns(jnp.asarray([3, 64, 65, 199], jnp.int32), jnp.asarray(rng.normal(size=(N, 4)), jnp.float16))
     act = ActivationQuant(None, None, bits, symmetric=symmetric)
     return QuantizedLinear(_affine(4, None, True, K - 4), kept, activation=act)
+
+
+def _beside(base: Any) -> QuantizedLinear:
+    """Kept columns beside a base, activations as they are."""
+    rng = np.random.default_rng(6)
+    index = jnp.asarray([0, 17, 130, 131, K], jnp.int32)
+    return QuantizedLinear(base, OutlierColumns(index, jnp.asarray(rng.normal(size=(N, 5)), jnp.float16)))
 
 
 def _residual(base: Any, dtype: Any = jnp.float16) -> QuantizedLinear:
@@ -95,11 +104,13 @@ LAYERS = {
     "w4-g64 with zero scales+s2%": _residual(_with_zero_scales(_affine(4, 64))),
     "w4a4+o4": _quik(4, False),
     "w4a8+o4": _quik(8, True),
+    "w4-g64+o5": _beside(_affine(4, 64)),
+    "w4-codebook-int8+o5": _beside(_int8_table(4).weight),
 }
 
 
 # weights with groups and float activations; the zero points of w8 make a group of its rows
-GROUPED = ("w4-g64", "w4-g128-sym", "w3-g64", "w2-g64", "w8", "w4-g64+s2%", "w4-g64 with zero scales+s2%")
+GROUPED = ("w4-g64", "w4-g64+o5", "w4-g128-sym", "w3-g64", "w2-g64", "w8", "w4-g64+s2%", "w4-g64 with zero scales+s2%")
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +151,39 @@ def test_prepared_layers_lower_to_a_kernel_and_keep_their_meaning(name: str) -> 
             by_row = w.residual is not None and (tokens <= hopper.ROWS_TOKENS or "zero scales" in name)
             beside = (w.activation is not None) + by_row + beside
         assert count_kernels(program) == int(beside)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("name", ["w4a4+o4", "w4a8+o4", "w4-g64+o5", "w4-codebook-int8+o5"])
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_kept_columns_are_multiplied_inside_the_product(name: str, tokens: int) -> None:
+    ready = prepare(LAYERS[name])
+    kept = ready.outliers
+    stored: Any = canonical(ready)
+    assert stored.outliers.slots is None and stored.outliers.fragments is None
+    np.testing.assert_array_equal(kept_weight(kept.fragments, kept.weight.shape), kept.weight.astype(jnp.bfloat16))
+    inside = not (tokens == 1 and "codebook" in name)  # a token in pieces is not what they multiply
+    beside = dataclasses.replace(ready, outliers=dataclasses.replace(kept, fragments=None))
+    for layer, dtype, alone in (
+        (ready, jnp.bfloat16, inside),
+        (ready, jnp.float16, False),
+        (beside, jnp.bfloat16, False),
+    ):
+        reason = choose(layer, tokens, dtype=dtype).reason
+        assert ("kept columns inside the product" in reason) == alone
+        assert ("kept columns beside it" in reason) == (not alone)
+        program = lower_for_gpu(linear, jax.ShapeDtypeStruct((tokens, shape_of(layer)[1]), dtype), layer)
+        assert ("stablehlo.dot_general" in program) == (not alone)
+    running = prepare({"embed": jnp.zeros((8, 4), jnp.float16), "layer": LAYERS[name]})["layer"]
+    assert running.outliers.fragments.dtype == "float16"
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_no_kept_columns_have_no_fragments() -> None:
+    none = OutlierColumns(jnp.zeros(0, jnp.int32), jnp.zeros((N, 0), jnp.float16))
+    ready = prepare(QuantizedLinear(_affine(4, None, True), none, activation=ActivationQuant(None, None, 8)))
+    assert ready.outliers.fragments is None
+    assert "mosaic_gpu" in lower_for_gpu(linear, jax.ShapeDtypeStruct((5, K), jnp.bfloat16), ready)
 
 
 @pytest.mark.usefixtures("on_hopper")

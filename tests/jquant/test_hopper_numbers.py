@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jquant.format.activations import ActivationQuant, fake_quantize
 from jquant.format.weights import (
+    OutlierColumns,
     QuantizedLinear,
     affine_weight,
+    base_columns,
     canonical,
     codebook_weight,
     dequantize,
@@ -23,8 +26,9 @@ from jquant.format.weights import (
 )
 from jquant.linear import choose, hopper, preparation, prepare
 from pallas_kernels.affine_matmul import Problem, rounds_weights
-from pallas_kernels.fragments import unpack_fragments
+from pallas_kernels.fragments import slot_order, unpack_fragments
 from pallas_kernels.half_tokens import half_tokens
+from pallas_kernels.kept_columns import kept_weight
 from pallas_kernels.sparse_matmul import EntryTiles, prepare_tiles
 
 N, K = 200, 648
@@ -53,6 +57,8 @@ def _affine_matmul(
     entries: EntryTiles | None = None,
     **more: Any,
 ) -> Any:
+    if x.dtype == jnp.int8:
+        x = jnp.zeros_like(x).at[:, slot_order(x.shape[1])].set(x)
     codes = unpack_fragments(words, bits, "pairs", (outputs, x.shape[1])).astype(jnp.float32)
     size = more["group_size"] or x.shape[1]
     group, row = np.arange(x.shape[1]) // size, slice(0, outputs)
@@ -110,6 +116,12 @@ def _sum(x: Any, weight: Any, scales: Any, more: dict[str, Any]) -> Any:
         y = y * scales.astype(jnp.float32)
     if more.get("x_scales") is not None:
         y = y * more["x_scales"].reshape(-1, 1)
+    if more.get("x_offsets") is not None:
+        y = y + more["x_offsets"].reshape(-1, 1) * more["row_sums"]
+    if more.get("kept") is not None:
+        beside, fragments = more["kept"]
+        kept = kept_weight(fragments, (y.shape[1], beside.shape[1])).astype(jnp.float32)
+        y = y + jnp.dot(beside.astype(jnp.float32), kept.T, precision="highest")
     return y.astype(more["out_dtype"])
 
 
@@ -129,6 +141,7 @@ def kernels_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper.codebook_matmul, "codebook_matmul", _codebook_matmul)
     monkeypatch.setattr(hopper.affine_matmul, "affine_matmul", _affine_matmul)
     monkeypatch.setattr(hopper.half_tokens, "convert", half_tokens)
+    monkeypatch.setattr(hopper.activation_quantize, "quantize_rows", hopper.activation_quantize.quantize)
 
 
 def _error(w: Any, tokens: int, dtype: Any = jnp.bfloat16) -> float:
@@ -272,3 +285,27 @@ def test_entries_by_row_leave_the_weights_float16() -> None:
     assert ready.residual.by_tile is None and ready.weight.fits_half
     reason = choose(ready, 200).reason
     assert "by row" in reason and "as float16" in reason
+
+
+@pytest.mark.parametrize("tokens", [5, 130])
+@pytest.mark.parametrize("running", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "act", [None, ActivationQuant(None, None, 4), ActivationQuant(None, None, 8, symmetric=True)], ids=str
+)
+def test_kept_columns_are_added_to_the_base_once(act: ActivationQuant | None, running: Any, tokens: int) -> None:
+    rng = np.random.default_rng(3)
+    kept = jnp.asarray(np.sort(rng.permutation(K + 70)[:70]), jnp.int32)
+    weight = jnp.asarray(rng.normal(size=(N, 70)), jnp.float16)
+    layer = QuantizedLinear(_affine(4, None, True), OutlierColumns(kept, weight), activation=act)
+    ready = prepare({"embed": jnp.zeros((8, 4), running), "layer": layer})["layer"]
+    base = base_columns(kept, K)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        x = jnp.asarray(rng.normal(size=(tokens, K + 70)), dtype).at[:, kept].multiply(20)
+        assert ("inside" in choose(ready, tokens, dtype=dtype).reason) == (dtype == running)
+        inputs = x[:, base].astype(jnp.float32)
+        inputs = inputs if act is None else fake_quantize(inputs, act)
+        expected = np.asarray(inputs, np.float64) @ np.asarray(dequantize(layer.weight), np.float64).T
+        columns = np.asarray(weight.astype(dtype), np.float64)
+        expected += np.asarray(x[:, kept], np.float64) @ columns.T
+        y = np.asarray(hopper.product(x, ready, jnp.float32), np.float64)
+        assert np.linalg.norm(y - expected) <= 1e-4 * np.linalg.norm(expected)
