@@ -117,8 +117,18 @@ def _sized(problem: Problem, config: Config, parts: bool = True) -> Config:
         if splits == 8:
             break
         splits *= 2
-    stages = max(2, min(8, steps // splits))
-    while stages > 2 and supported_config(problem, replace(config, stages=stages)) is not None:
-        stages -= 1
+    most = max(2, min(8, steps // splits))
+    config = _staged(problem, config, most)
+    if problem.kept_columns and config.stages < min(3, most):
+        # two stages do not hide the latency of a copy, and all inputs pass through them
+        config = max(config, _staged(problem, replace(config, kept_places=1), most), key=lambda c: c.stages)
     ctas = min(MULTIPROCESSORS, blocks * splits * config.cluster)
-    return replace(config, stages=stages, splits=splits, blocks=ctas)
+    return replace(config, splits=splits, blocks=ctas)
+
+
+def _staged(problem: Problem, config: Config, most: int) -> Config:
+    """The same with as many stages as fit, 2 to `most`."""
+    config = replace(config, stages=most)
+    while config.stages > 2 and supported_config(problem, config) is not None:
+        config = replace(config, stages=config.stages - 1)
+    return config

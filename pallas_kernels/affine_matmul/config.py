@@ -25,7 +25,8 @@ ScaleWhere = Literal["sum", "operand"]
 class Config:
     """scale: where the scale of a group is multiplied. "sum": the sums of a group are scaled, exact weights; "operand":
     the weight is scaled in 16 bits, which rounds it, and costs fewer registers. Whole-row scales are multiplied at the
-    end in either case."""
+    end in either case. kept_places: tiles of 64 kept columns, if there are any, that shared memory holds beside the
+    stages."""
 
     block_m: int
     block_k: int
@@ -37,6 +38,7 @@ class Config:
     blocks: int = MULTIPROCESSORS
     cluster: int = 1
     stream_k: bool = False
+    kept_places: int = 2
 
     @property
     def warpgroups(self) -> int:
@@ -124,9 +126,8 @@ def shared_bytes(problem: Problem, config: Config) -> int:
 
 
 def kept_places(problem: Problem, config: Config) -> int:
-    """Tiles of kept columns that shared memory holds. With few tokens those of a block are all under way before its
-    sums are finished: a wait would leave the memory idle. With many there is no room, and the tensor core is busy."""
-    return min(problem.kept_tiles, 4 if config.block_m <= 64 else 2)
+    """Tiles of kept columns that shared memory holds, none without any."""
+    return min(problem.kept_tiles, config.kept_places)
 
 
 def _groups(problem: Problem, config: Config) -> int:
@@ -168,6 +169,8 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return "a cluster shares the stages of a block, and there is only one"
     if config.stream_k and config.blocks > (stages := _stages(problem, config)):
         return f"{config.blocks} CTAs for {stages} stages; expected one for each at least"
+    if config.kept_places < 1:
+        return f"{config.kept_places} places for kept columns; expected at least 1"
     if config.warpgroups + 1 > MOST_WARPGROUPS:
         return f"{config.warpgroups} warpgroups that compute; expected at most {MOST_WARPGROUPS - 1}"
     if accumulators(problem, config) + 40 > config.registers()[1]:
