@@ -28,20 +28,14 @@ def row_of(thread: Value) -> Value:
     return arith.addi(arith.muli(warp, constant(16)), group)
 
 
-def store_block(
-    problem: Problem, config: Config, dtype: Any, dtypes: dict[str, str], factor: int
-) -> Callable[..., None]:
-    """The function (refs, first token, first row, split, sums) -> None that scales a block [64, block_m] and writes it.
+def scale_block(problem: Problem, config: Config, dtypes: dict[str, str], factor: int) -> Callable[..., jax.Array]:
+    """The function (refs, first token, first row, sums) -> y, a block [64, block_m] in float32.
 
-    dtypes: of the arrays there are; factor: how many times the weight an 8-bit operand is. `add`, if it is given, takes
-    the scaled block, float32, and returns what is to be written.
-
-    y[m, n] = sum * row_scales[n] * x_scales[m] + x_offsets[m] * row_sums[n], the factors that there are;
-    of a token in pieces, y[0, n] = sum over j of sums[j] * row_scales[n] * x_scales[j].
+    dtypes: of the arrays there are; factor: how many times the weight an 8-bit operand is. Of a token in pieces the
+    columns are the products of these, and only the first four registers are left.
     """
     epilogue = {name: dtypes[name] for name in ("row_scales", "x_scales", "x_offsets", "row_sums") if name in dtypes}
-    count = registers_of_sums(problem, config)
-    values = 4 if problem.pieces > 1 else config.block_m // 2  # columns beyond the pieces are zero
+    count, values = registers_of_sums(problem, config), _values(problem, config)
 
     @plgpu.inline_mgpu(
         arg_types=([plgpu.RefType()] * len(epilogue), [compat.SCALAR] * 2, compat.registers_layout(count)),
@@ -53,26 +47,32 @@ def store_block(
         floats = _added(problem, compat.registers_of(sums))[:values]
         return compat.array_of(_scaled(problem, bases, epilogue, row0, token0, floats, factor))
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), [compat.SCALAR] * 3, compat.registers_layout(values)))
+    def run(refs: dict[str, Any], first_token: Any, first_row: Any, sums: jax.Array) -> jax.Array:
+        arrays = [refs[name] for name in epilogue]
+        return scale(arrays, [first_token, first_row], sums)  # pyright: ignore[reportCallIssue, reportReturnType]
+
+    return run
+
+
+def store_block(problem: Problem, config: Config, dtype: Any) -> Callable[..., None]:
+    """The function (out, first token, first row, split, y) -> None that writes a block, entry by entry."""
+    layout = compat.registers_layout(_values(problem, config))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), [compat.SCALAR] * 3, layout))
     def store(_: Any, out: Value, places: list[Any], block: Any) -> None:
         first_token, first_row, split = (compat.scalar_of(place) for place in places)
         base, name = ops.global_address(out), jnp.dtype(dtype).name
         _store(problem, base, name, split, *_first(first_token, first_row), compat.registers_of(block))
 
-    def run(
-        refs: dict[str, Any],
-        first_token: Any,
-        first_row: Any,
-        split: Any,
-        sums: jax.Array,
-        add: Callable[[jax.Array], jax.Array] | None = None,
-    ) -> None:
-        arrays = [refs[name] for name in epilogue]
-        block: Any = scale(arrays, [first_token, first_row], sums)  # pyright: ignore[reportCallIssue]
-        block = block if add is None else add(block)
-        store(refs["out"], [first_token, first_row, split], block)  # pyright: ignore[reportCallIssue]
+    def run(out: Any, first_token: Any, first_row: Any, split: Any, block: jax.Array) -> None:
+        store(out, [first_token, first_row, split], block)  # pyright: ignore[reportCallIssue]
 
     return run
+
+
+def _values(problem: Problem, config: Config) -> int:
+    """Registers of a thread that hold y; columns beyond the pieces of a token are zero."""
+    return 4 if problem.pieces > 1 else config.block_m // 2
 
 
 def _first(first_token: Value, first_row: Value) -> tuple[Value, Value]:

@@ -73,6 +73,12 @@ def pack_twice(value: Value, operand: Operand) -> Value:
     return compat.inline_assembly([compat.i32()], [value], text, "=r,f", True)[0]
 
 
+def pack_pair(low: Value, high: Value, operand: Operand) -> Value:
+    """Two float32 registers as 16-bit floats in one."""
+    text = f"cvt.rn.{operand}x2.f32 $0, $2, $1;"
+    return compat.inline_assembly([compat.i32()], [low, high], text, "=r,f,f", True)[0]
+
+
 def multiply_add(a: Value, b: Value, c: Value) -> Value:
     """a * b + c in float32, rounded once."""
     return compat.inline_assembly([compat.f32()], [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", True)[0]
@@ -112,6 +118,12 @@ def load_shared(base: Value, offset: Value, count: int) -> list[Value]:
     else:
         text = f"ld.shared.v{count}.b32 {{{', '.join(f'${i}' for i in range(count))}}}, [${count}];"
     return compat.inline_assembly(kinds, [address], text, ",".join(["=r"] * count + ["r"]), False)
+
+
+def store_matrices(address: Value, matrices: list[Value]) -> None:
+    """Four 8 x 8 matrices of 16 bits, transposed, to the lines of 16 bytes that the threads of a warp address."""
+    text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"
+    compat.inline_assembly([], [address, *matrices], text, "r,r,r,r,r", False)
 
 
 def store_in_cluster(address: Value, offset: int, register: Value) -> None:

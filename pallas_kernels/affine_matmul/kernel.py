@@ -32,8 +32,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul import running_sums
 from pallas_kernels.affine_matmul.config import Config, Problem, registers_of_sums, runs_on
-from pallas_kernels.affine_matmul.epilogue import store_block
+from pallas_kernels.affine_matmul.epilogue import scale_block, store_block
 from pallas_kernels.affine_matmul.kept_product import copy_kept, kept_product, kept_scratch, offer_places
+from pallas_kernels.affine_matmul.output_tiles import store_tiles, tiles_scratch
 from pallas_kernels.affine_matmul.parts import add_parts, add_shares, leave_together, parts_scratch
 from pallas_kernels.affine_matmul.register_decode import byte_factor
 from pallas_kernels.affine_matmul.rounds import Rounds
@@ -64,6 +65,7 @@ def affine_kernel(
     sums = registers_of_sums(problem, config)
     kind = jnp.int32 if problem.x_dtype == "int8" and not runs_on(problem) else jnp.float32
     scratch |= parts_scratch(config, sums, kind) | kept_scratch(problem, config)
+    scratch |= tiles_scratch(problem, config, out_dtype)
 
     out = [jax.ShapeDtypeStruct((config.splits, problem.tokens, problem.outputs), out_dtype)]
     if config.stream_k:
@@ -204,10 +206,9 @@ def _body(
         factor = byte_factor(problem.bits, problem.has_zeros) if decoder is None else 1
         multiply = warpgroup_step(problem, config, kind, decoder)
         dtypes = {name: jnp.dtype(ref.dtype).name for name, ref in refs.items()}
-        store = store_block(problem, config, out_dtype, dtypes, factor)
-        add_kept = None
+        scale = scale_block(problem, config, dtypes, factor)
+        add_kept = kept_product(problem, config) if problem.kept_columns else None
         if problem.kept_columns:
-            add_kept = functools.partial(kept_product(problem, config), shared, row_part)
             pl.when(k_part == 0)(lambda: offer_places(problem, config, shared))
         names = [name for name in ("words", "x", "scales", "zeros", "slots") if name in shared]
         overflow = [refs["overflow"]] if problem.entry_words else []
@@ -240,9 +241,19 @@ def _body(
             if config.block_m > 64:
                 following = load_state(index + 1)
             first_row = (row * config.row_warpgroups + row_part) * 64
-            write = functools.partial(store, refs, column * config.block_m, first_row, split)
-            if add_kept is not None:
-                write = functools.partial(write, add=functools.partial(add_kept, kept_tiles(first)))
+            first_token = column * config.block_m
+
+            def write(sums: jax.Array) -> None:
+                y = scale(refs, first_token, first_row, sums)
+                if add_kept is not None:
+                    y = add_kept(shared, row_part, kept_tiles(first), y)
+                if "tiles" in shared:
+                    store_tiles(config, out_dtype)(
+                        shared["tiles"].at[row_part], refs["out"].at[0], first_token, first_row, y
+                    )
+                else:
+                    store_block(problem, config, out_dtype)(refs["out"], first_token, first_row, split, y)
+
             if config.stream_k:
                 piece = ranges.piece(index, cta)
                 finish = functools.partial(add_rest, ranges, refs["partials"], semaphores, piece, cta, row_part)
@@ -253,6 +264,8 @@ def _body(
             return done, *following
 
         lax.fori_loop(0, mine, item, (jnp.int32(0), *load_state(jnp.int32(0))))
+        if "tiles" in shared:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     if config.cluster > 1:
         leave_together()

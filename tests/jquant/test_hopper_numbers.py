@@ -195,7 +195,7 @@ def _affine(bits: int, size: int | None, symmetric: bool, dtype: Any = jnp.float
     return affine_weight(codes, scales, zeros, bits, size, "in")
 
 
-@pytest.mark.parametrize("tokens", [5, 128, 129])
+@pytest.mark.parametrize("tokens", [5, 64, 65, 129])
 @pytest.mark.parametrize(
     ("bits", "size", "symmetric"), [(4, 128, True), (4, 64, False), (3, 64, True), (2, 64, False), (8, None, False)]
 )
@@ -204,7 +204,7 @@ def test_groups_lose_little_however_many_tokens_there_are(
 ) -> None:
     ready = prepare(_affine(bits, size, symmetric))
     assert _error(ready, tokens) <= 2e-3
-    assert ("bfloat16 as float16" in choose(ready, tokens).reason) == (tokens > 128)
+    assert ("bfloat16 as float16" in choose(ready, tokens).reason) == (tokens > 64)
     stored: Any = canonical(ready)
     assert stored.fits_half is None
 
