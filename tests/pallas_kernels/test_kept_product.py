@@ -311,6 +311,7 @@ SHARED = [
     (Case(3, 700, 1152, 4, None, "int8", 300), affine.Config(8, 512, 1, 4, stages=2, blocks=4, cluster=2)),
     (Case(9, 640, 2944, 4, 128, "int8", 64, True), affine.Config(16, 256, 2, 2, stages=2, blocks=4, cluster=2)),
     (Case(130, 1000, 1152, 4, None, "int8", 256), affine.Config(128, 128, 2, 1, stages=2, blocks=4, cluster=2)),
+    (Case(9, 90, 512, 8, None, "int8", 64), affine.Config(16, 256, 1, 2, stages=2, blocks=4, cluster=2)),
     (Case(16, 420, 4160, 4, 128, "bfloat16", 256), affine.Config(16, 256, 1, 4, stages=2, blocks=4, cluster=2)),
     (Case(130, 300, 1152, 8, None, "int8", 320, True), affine.Config(128, 128, 2, 1, splits=2, stages=2, blocks=6)),
     (Case(16, 300, 2176, 4, None, "bfloat16", 100), affine.Config(16, 256, 2, 2, splits=4, stages=2, blocks=5)),
