@@ -44,7 +44,7 @@ TABLES = (
     Kind("w3a16-int8-table", 3, "bfloat16", None, entry="int8"),
     Kind("w3a8-int8-table", 3, "int8", None, entry="int8"),
 )
-COMPARED = 6  # configurations of a table beside the chosen one
+COMPARED = 8  # configurations of a table beside the chosen one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
         return [(width, *rest) for rest in (*shared, *alone)]
     if m <= 64:
         shared = ((256, 2, 2, 1, 2), (256, 1, 4, 1, 2))
-        alone = ((128, 4, 1, 1, 1), (256, 2, 2, 1, 1)) if whole else ((128, 4, 1, 8, 1), (512, 1, 4, 1, 1))
+        alone = ((128, 4, 1, 1, 1), (256, 2, 2, 1, 1), (128, 2, 1, 1, 1), (128, 3, 1, 1, 1)) if whole else ((128, 4, 1, 8, 1), (512, 1, 4, 1, 1))
         return [(64, *rest) for rest in (*shared, *alone)]
     if kind.x != "int8":
         return [(256, 128, 2, 1, 1, 1), (128, 128, 2, 1, 1, 1), (128, 128, 3, 1, 1, 1), (128, 128, 2, 1, 1, 2)]
@@ -121,10 +121,10 @@ def compared(row: Row) -> Iterator[affine.Config]:
     for block_m, block_k, rows, parts, splits, cluster in cuts(kind, m, n):
         items = -(-n // (64 * rows)) * -(-m // block_m)
         blocks = 132 if cluster > 1 else min(132, items * splits)
-        for scale in ("operand", "sum") if kind.x != "int8" and m > 64 else ("sum",):
+        for scale in ("operand", "sum") if kind.x != "int8" and m > 16 else ("sum",):
             config = affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, cluster)
             yield config
-            if m > 64 and cluster == 1 and splits == 1:
+            if m > 16 and cluster == 1 and splits == 1:
                 yield dataclasses.replace(config, stream_k=True, blocks=min(132, items * (row.k // block_k)))
 
 

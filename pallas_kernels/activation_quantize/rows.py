@@ -65,11 +65,12 @@ class Config:
 
 
 def default_config(tokens: int, columns: int) -> Config:
-    """A whole token a program, or several narrow ones; 8 entries a thread for few tokens, 32 for many."""
+    """A whole token a program, or several narrow ones; 8 entries a thread for few tokens, for many 32 or, of a long
+    token, more: programs of 8 warps hide each other's loads, those of 32 leave no room for another."""
     width = pl.next_power_of_2(columns)
     block_m = max(min(4096 // width, pl.next_power_of_2(tokens)), 1)
-    each = 8 if tokens <= 512 else 32
-    return Config(block_m, max(min(block_m * width // (32 * each), 32), 1))
+    each, most = (8, 32) if tokens <= 128 else (32, 8)
+    return Config(block_m, max(min(block_m * width // (32 * each), most), 1))
 
 
 def supported(tokens: int, columns: int, kept: int, dtype: jax.typing.DTypeLike, bits: int) -> str | None:

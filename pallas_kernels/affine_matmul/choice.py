@@ -14,26 +14,31 @@ from pallas_kernels.affine_matmul.stream_k import StreamK
 # inputs: of 16-bit tokens, of 8-bit tokens with groups, and without.
 _WIDE = (
     (Config(256, 128, 2, scale="operand"), 1.0),
-    (Config(128, 128, 3, scale="operand"), 1.02),
-    (Config(128, 128, 2, scale="operand", cluster=2), 1.17),
+    (Config(128, 128, 3, scale="operand"), 1.01),
+    (Config(128, 128, 2, scale="operand"), 1.12),
 )
 _GROUPS = (
-    (Config(128, 256, 2), 1.0),
-    (Config(128, 256, 2, cluster=2), 0.975),
-    (Config(96, 256, 3), 0.91),
-    (Config(160, 256, 2), 0.93),
+    (Config(128, 256, 2), 1.12),
+    (Config(128, 256, 2, cluster=2), 1.1),
+    (Config(96, 256, 3), 1.06),
+    (Config(160, 256, 2), 1.0),
 )
 _ROWS = (
     (Config(256, 128, 2), 1.0),
-    (Config(128, 128, 3), 1.04),
-    (Config(160, 128, 2), 1.1),
+    (Config(160, 256, 2), 1.07),
+    (Config(128, 128, 3), 1.12),
+    (Config(128, 128, 2), 1.2),
     (Config(128, 128, 2, cluster=2), 1.18),
 )
-_SPLIT = 1.25  # what sums of split inputs cost, read and written by another kernel
-# Microseconds: an output, token and input of 16 and 8 bits; semaphores set to zero; an output and token handed over
-_PRODUCT = {2: 3.2e-7, 1: 1.75e-7}
+# Microseconds: an output, token and input of those first blocks; semaphores set to zero; an output and token of a block
+# that CTAs share, for 16-bit and for 8-bit tokens; the kernel that adds sums of split inputs, and what it reads and
+# writes, an output and token each
+_PRODUCT = {"16 bits": 3.2e-7, "groups": 2.0e-7, "8 bits": 1.55e-7}
 _SEMAPHORES = 1.5
-_HAND_OVER = 5e-5
+_SHARED = {2: 1.4e-4, 1: 3.5e-4}
+_ASTRAY = 1.03  # CTAs that read different inputs at a time find less in the cache
+_KERNEL = 2.5
+_SPLIT = 2e-6
 
 
 def choose(problem: Problem) -> Config:
@@ -68,6 +73,8 @@ def _few(problem: Problem, wide: int) -> list[Config]:
     if blocks > MULTIPROCESSORS:
         if problem.x_bytes == 2 and tokens <= 16:
             found += [Config(wide, 1024, 1, 4, cluster=2)]
+        elif problem.x_bytes == 2:
+            found += [Config(wide, 128, 4, stream_k=True)]
     elif 2 * blocks >= MULTIPROCESSORS - 8:  # blocks of 64 outputs for half of the multiprocessors
         if problem.x_bytes == 1 and problem.inputs <= 4096:
             return [_sized(problem, Config(wide, block_k, 1, 4), parts=False) for block_k in (512, 256)]
@@ -75,36 +82,44 @@ def _few(problem: Problem, wide: int) -> list[Config]:
             found += [Config(wide, 256, 1, 4, cluster=2)]
     shapes: tuple[tuple[int, int, int], ...] = ((2, 2, 512), (2, 2, 256), (1, 4, 512), (1, 1, 128))
     if tokens > 16:
-        shapes = ((4, 1, 128), (2, 2, 256)) if problem.x_bytes == 1 else ((2, 2, 256), (4, 1, 128))
+        shapes = ((4, 1, 128), (2, 2, 256)) if problem.x_bytes == 1 and problem.bits < 8 else ((2, 2, 256), (4, 1, 128))
     elif tokens > 8 and problem.x_bytes == 1 and blocks > MULTIPROCESSORS:
         shapes = ((4, 1, 256), *shapes)
     found += [Config(wide, block_k, rows, parts) for rows, parts, block_k in shapes]
-    return [_sized(problem, config) for config in found]
+    return [_shared(problem, config) if config.stream_k else _sized(problem, config) for config in found]
 
 
 def _many(problem: Problem) -> list[Config]:
     """Blocks for many tokens, the fastest first."""
-    blocks = _WIDE if problem.x_bytes == 2 else _GROUPS if runs_on(problem) else _ROWS
+    blocks = {"16 bits": _WIDE, "groups": _GROUPS, "8 bits": _ROWS}[_kind(problem)]
     timed = [(_sized(problem, config), time) for config, time in blocks]
     timed += [(_shared(problem, config), time) for config, time in blocks if config.cluster == 1]
-    return [config for config, _ in sorted(timed, key=lambda pair: _rounds(problem, pair[0]) * pair[1])]
+    return [config for config, _ in sorted(timed, key=lambda pair: _time(problem, *pair))]
 
 
-def _rounds(problem: Problem, config: Config) -> float:
-    """The time of all rounds, in outputs times tokens of a multiprocessor."""
+def _kind(problem: Problem) -> str:
+    return "16 bits" if problem.x_bytes == 2 else "groups" if runs_on(problem) else "8 bits"
+
+
+def _time(problem: Problem, config: Config, each: float) -> float:
+    """Microseconds of a product, about; `each`: of an output and token, beside the first blocks."""
     items, block = blocks_of(problem, config) * config.splits, config.rows * config.block_m
+    whole = each * block * problem.inputs * _PRODUCT[_kind(problem)]
     if config.stream_k:
         ranges = StreamK(items, -(-problem.inputs // config.block_k), config.blocks)
-        more = (_SEMAPHORES + _HAND_OVER * block * ranges.parts) / _PRODUCT[problem.x_bytes] / problem.inputs
-        return ranges.turns * block + more
-    turns = Rounds(items, config.cluster, config.blocks).turns / config.splits
-    return turns * block * (_SPLIT if config.splits > 1 else 1)
+        share = _SEMAPHORES + _SHARED[problem.x_bytes] * block * (1 + 0.25 * ranges.parts) if ranges.units else 0
+        return _ASTRAY * ranges.turns * whole + share
+    rounds = Rounds(items, config.cluster, config.blocks)
+    added = rounds.shared * block * _SHARED[problem.x_bytes] if config.cluster > 1 else 0
+    added += config.splits * problem.tokens * problem.outputs * _SPLIT + _KERNEL if config.splits > 1 else 0
+    return rounds.turns / config.splits * whole + added
 
 
 def _shared(problem: Problem, config: Config) -> Config:
     """The same blocks, the last of them shared by all CTAs."""
     stages = blocks_of(problem, config) * -(-problem.inputs // config.block_k)
-    return replace(_sized(problem, config, parts=False), stream_k=True, blocks=min(MULTIPROCESSORS, stages))
+    alone = _sized(problem, replace(config, stream_k=False), parts=False)
+    return replace(alone, stream_k=True, blocks=min(MULTIPROCESSORS, stages))
 
 
 def _sized(problem: Problem, config: Config, parts: bool = True) -> Config:

@@ -133,8 +133,8 @@ def kept_places(problem: Problem, config: Config) -> int:
 
 
 def writes_tiles(problem: Problem, config: Config) -> bool:
-    """Whether outputs of 16 bits leave in tiles, which have lines that are a multiple of 16 bytes apart."""
-    return config.block_m >= 64 and config.block_m % 16 == 0 and problem.outputs % 8 == 0 and config.splits == 1
+    """Whether outputs of 16 bits leave in tiles, which are 64 outputs wide."""
+    return config.block_m >= 64 and config.block_m % 16 == 0 and problem.outputs % 64 == 0 and config.splits == 1
 
 
 def _groups(problem: Problem, config: Config) -> int:

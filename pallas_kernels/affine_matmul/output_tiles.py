@@ -3,7 +3,7 @@
 A thread has entries of two rows of y^T, 2 bytes each, that lie far apart in y [M, N]. Written one by one, a block of 256
 tokens took 5 us, of 26 that it is computed in with 4096 inputs. Here a warpgroup turns TOKENS tokens at a time of its 64
 outputs, [TOKENS, 64], by `stmatrix`, transposed, into one of two places in shared memory, and the copy engine writes them
-while the next are made; what lies past the end of y it leaves out.
+while the next are made; tokens past the end it leaves out.
 
     matrix of stmatrix      8 outputs (16w + 8h..) of 8 tokens: register (j, h), the tokens 2t and 2t + 1 as halves
     shared memory           line token, 128 bytes, its eight pieces of 16 bytes permuted by token % 8 (128-byte swizzle)
@@ -25,7 +25,8 @@ from pallas_kernels.affine_matmul.config import Config, Problem, writes_tiles
 from pallas_kernels.compat import Value, arith, constant
 
 TOKENS = 16  # of a tile: four matrices a warp
-_SWIZZLE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+# lines follow each other whatever the height of a tile, and one line divides every number of tokens
+_SWIZZLE = (plgpu.TilingTransform((1, 64)), plgpu.SwizzleTransform(128))
 _LINE = 128  # bytes
 
 

@@ -36,6 +36,7 @@ _STEP = 100.0  # barriers, and the tensor core running dry
 _SECOND_KERNEL = 2500.0
 _HAND_OVER = 1000.0  # between the CTAs of a cluster
 _SEMAPHORES = 1500.0  # set to zero, for stream-K
+_ASTRAY = 1.03  # reading different inputs at a time, CTAs find less in the cache
 _PART = 0.05  # an output and token handed over by stream-K
 _OVERHEAD = 0.12  # integer operations a weight beside the look-up
 
@@ -82,7 +83,8 @@ def candidates(problem: Problem) -> list[Config]:
     sizes = (1024, 512, 256, 128) if few else (512, 256, 128)
     found = []
     # splits, cluster, stream-K; with many tokens clusters were slower, 1281 us for 1188 at 2048
-    shared = [(splits, 1, False) for splits in (1, 2, 4, 8)] + [(1, 2, False) if few else (1, 1, True)]
+    shared = [(splits, 1, False) for splits in (1, 2, 4, 8)] + [(1, 2, False)] * few
+    shared += [(1, 1, True)] * (problem.tokens > 16)
     for width, (rows, k_parts), block_k, (splits, cluster, stream_k) in itertools.product(widths, parts, sizes, shared):
         blocks = -(-problem.outputs // (64 * rows)) * -(-problem.tokens // width) * splits
         steps = -(-problem.inputs // (block_k * splits))
@@ -118,7 +120,7 @@ def estimate(problem: Problem, config: Config, entry_bytes: int | None = None) -
     whole = max(memory, computing) + steps * _STEP + _BLOCK
     if config.stream_k:
         ranges = StreamK(items, steps, config.blocks)
-        time = ranges.turns * whole + _SEMAPHORES + _PART * config.rows * config.block_m * ranges.parts
+        time = _ASTRAY * ranges.turns * whole + _SEMAPHORES + _PART * config.rows * config.block_m * ranges.parts
     else:
         rounds = Rounds(items, config.cluster, config.blocks)
         time = rounds.turns * whole + rounds.shared * (config.cluster > 1) * _HAND_OVER

@@ -23,7 +23,7 @@ def _problem(tokens: int, outputs: int, inputs: int, bits: int, x_dtype: str) ->
 @pytest.mark.parametrize(("x_dtype", "entry"), TYPES)
 def test_every_width_lowers_for_cuda(x_dtype: str, entry: str) -> None:
     for bits, tokens, one_table, multiplier in [(2, 1, False, None), (3, 20, True, False), (4, 130, False, True)]:
-        outputs, inputs = 200, 328
+        outputs, inputs = 200, 336
         args: dict[str, Any] = {
             "x": jax.ShapeDtypeStruct((tokens, inputs), jnp.dtype(x_dtype)),
             "words": jax.ShapeDtypeStruct(fragments_shape((outputs, inputs), bits), jnp.uint32),
