@@ -1,14 +1,19 @@
 """Time on the device, by CUPTI: what the kernels of a call take, without the host's part."""
 
+import contextlib
+import fcntl
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-WARM_UP = 0.03  # seconds of work beforehand: the clock of an idle device is low, and what it multiplies next is slow
+WARM_UP = 0.15  # seconds of work after a pause: until then what a device reads and multiplies is up to a tenth slower
 L2_BYTES = 60e6  # of an H200; what is read in turns must be several times as large
 
 
@@ -22,9 +27,6 @@ def device_time(f: Callable[[Any, Any], Any], first: Any, copies: Sequence[Any])
 
     library: Any = vars(profiler)["mosaic_gpu_lib"]
     jax.block_until_ready(f(first, copies[0]))
-    began = time.monotonic()
-    while time.monotonic() - began < WARM_UP:
-        jax.block_until_ready([f(first, copy) for copy in copies])
     calls = max(6, 2 * len(copies))
     library._mosaic_gpu_ext._cupti_init()
     try:
@@ -37,6 +39,22 @@ def device_time(f: Callable[[Any, Any], Any], first: Any, copies: Sequence[Any])
     return 1000 * statistics.median(sum(t for _, t in timings[i * each : (i + 1) * each]) for i in range(calls))
 
 
+def warm_up(f: Callable[[Any, Any], Any], first: Any, copies: Sequence[Any]) -> None:
+    """Runs f for a while, before the first measurement after the device was idle."""
+    began = time.monotonic()
+    while time.monotonic() - began < WARM_UP:
+        jax.block_until_ready([f(first, copy) for copy in copies])
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While no other benchmark measures on this device: another one may compile in the meantime."""
+    name = f"jquant-bench-{os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"
+    with open(Path(tempfile.gettempdir()) / name, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def copies_of(count_bytes: int) -> int:
     """How many copies of so many bytes to read in turns."""
     return max(2, min(8, int(-(-3 * L2_BYTES // count_bytes))))
@@ -46,7 +64,9 @@ def ceilings() -> dict[str, float]:
     """What this device reaches: bytes/s of a copy (read and written), operations/s of bfloat16 and int8 products."""
     size = 1 << 28
     source = [jnp.full((size,), i, jnp.float32) for i in range(2)]
-    copy = device_time(jax.jit(lambda one, x: x + one), jnp.float32(1), source)
+    add = jax.jit(lambda one, x: x + one)
+    warm_up(add, jnp.float32(1), source)
+    copy = device_time(add, jnp.float32(1), source)
     found = {"copy_bytes_per_second": 1e6 * 2 * 4 * size / copy}
     side, contract = 8192, (((1,), (1,)), ((), ()))
     for name, dtype, total in (("bfloat16", jnp.bfloat16, jnp.float32), ("int8", jnp.int8, jnp.int32)):

@@ -10,26 +10,22 @@ makes their tokens float16, or the only token three of int8, and float16 rows sh
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import queue
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bench.device_time import device_time
+from bench.device_time import alone, device_time, warm_up
 from bench.kernel_rows import MAIN, MORE, SHAPES, TABLES, TOKENS, UNEVEN, Row, chosen, in_pieces, rows
 from pallas_kernels import affine_matmul as affine, codebook_matmul as codebook
 from pallas_kernels.fragments import fragments_shape, slot_order, unpack_fragments
@@ -118,14 +114,16 @@ class Bench:
             copies = max(2, min(8, -(-220_000_000 // (row.n * row.k))))
             weights = [jax.random.normal(jax.random.key(i), (row.n, row.k), jnp.bfloat16) for i in range(copies)]
             x = jax.random.normal(jax.random.key(1), (row.m, row.k), jnp.bfloat16)
-            return device_time(jax.jit(lambda x, w: x @ w.T), x, weights)
+            product = jax.jit(lambda x, w: x @ w.T)
+            warm_up(product, x, weights)
+            return device_time(product, x, weights)
 
         return 1.0 if self.dry else self.once((("dense", row.m), (row.n, row.k)), make)
 
     def run(self, row: Row) -> dict[str, Any]:
         kind = row.kind
         group = (row.n, row.k, kind)
-        with self.alone():
+        with alone():
             weights = jax.block_until_ready(self.once(("weights", group), lambda: self.weights(row)))
             inputs, x = self.once(("inputs", (group, row.m)), lambda: self.inputs(row))
         config = row.config or chosen(row)
@@ -150,15 +148,8 @@ class Bench:
             jax.jit(product).trace(inputs, weights[0]).lower(lowering_platforms=("cuda",))
             return result | {"error": 0.0, "us": 1.0, "dense_us": 1.0, "ratio": 1.0}
         compiled = jax.jit(product).lower(inputs, weights[0]).compile()
-        with self.alone():
+        with alone():
             return result | self.measured(row, compiled, inputs, x, weights)
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """While no other probe of this device measures."""
-        with open(Path(tempfile.gettempdir()) / f"kernel-probe-{os.environ.get('CUDA_VISIBLE_DEVICES')}", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def measured(
         self, row: Row, product: Any, inputs: dict[str, jax.Array], x: jax.Array, weights: list[Any]
@@ -168,6 +159,7 @@ class Bench:
         expected = self.once(("reference", (group, row.m)), lambda: self.reference(row, x, weights[0]))
         error = float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
         dense = self.dense_time(row)
+        warm_up(product, inputs, weights)
         taken = device_time(product, inputs, weights)
         return {"error": error, "us": taken, "dense_us": dense, "ratio": dense / taken}
 

@@ -44,7 +44,7 @@ TABLES = (
     Kind("w3a16-int8-table", 3, "bfloat16", None, entry="int8"),
     Kind("w3a8-int8-table", 3, "int8", None, entry="int8"),
 )
-COMPARED = 8  # configurations of a table beside the chosen one
+COMPARED = 10  # configurations of a table beside the chosen one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +102,17 @@ def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
         return [(width, *rest) for rest in (*shared, *alone)]
     if m <= 64:
         shared = ((256, 2, 2, 1, 2), (256, 1, 4, 1, 2))
-        alone = ((128, 4, 1, 1, 1), (256, 2, 2, 1, 1), (128, 2, 1, 1, 1), (128, 3, 1, 1, 1)) if whole else ((128, 4, 1, 8, 1), (512, 1, 4, 1, 1))
+        alone = (
+            ((128, 4, 1, 1, 1), (256, 2, 2, 1, 1), (128, 2, 1, 1, 1), (128, 3, 1, 1, 1))
+            if whole
+            else ((128, 4, 1, 8, 1), (512, 1, 4, 1, 1))
+        )
         return [(64, *rest) for rest in (*shared, *alone)]
     if kind.x != "int8":
         return [(256, 128, 2, 1, 1, 1), (128, 128, 2, 1, 1, 1), (128, 128, 3, 1, 1, 1), (128, 128, 2, 1, 1, 2)]
     shared = [(128, 128, 2, 1, 1, 2), (128, 256, 2, 1, 1, 2), (96, 256, 3, 1, 1, 2)]
     alone = [(128, 256, 2), (128, 128, 2), (96, 256, 3), (96, 128, 3), (128, 128, 3), (160, 128, 2), (160, 256, 2)]
+    alone += [(192, 128, 2), (192, 256, 2), (176, 256, 2)]
     return [*shared, *((*cut, 1, 1, 1) for cut in [*alone, (64, 256, 3), (256, 128, 2)])]
 
 
@@ -124,7 +129,7 @@ def compared(row: Row) -> Iterator[affine.Config]:
         for scale in ("operand", "sum") if kind.x != "int8" and m > 16 else ("sum",):
             config = affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, cluster)
             yield config
-            if m > 16 and cluster == 1 and splits == 1:
+            if cluster == 1 and splits == 1:
                 yield dataclasses.replace(config, stream_k=True, blocks=min(132, items * (row.k // block_k)))
 
 

@@ -14,6 +14,7 @@ Random weights: a layer of [N, K] is named by its model and place. Results go to
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 
 import jquant as jq
 from bench import record
-from bench.device_time import ceilings, copies_of, device_time
+from bench.device_time import alone, ceilings, copies_of, device_time, warm_up
 from jquant.format.activations import ActivationQuant, fake_quantize
 from jquant.format.spec import QuantSpec
 from jquant.format.weights import affine_weight, base_columns, codebook_weight, sparse_residual
@@ -102,7 +103,8 @@ def main() -> None:
     if not shapes or not ops:
         parser.error(f"nothing matches; shapes: {', '.join(SHAPES)}; ops: {', '.join(op.label for op in OPS)}")
 
-    result: dict[str, Any] = {"environment": record.environment(), "ceilings": ceilings(), "rows": []}
+    with alone():
+        result: dict[str, Any] = {"environment": record.environment(), "ceilings": ceilings(), "rows": []}
     print("  ".join(f"{name} {value:.3g}" for name, value in result["ceilings"].items()), flush=True)
     for name, (n, k) in shapes.items():
         dense = dense_times(n, k, tokens)
@@ -127,22 +129,32 @@ def failure(error: Exception) -> dict[str, Any]:
 
 
 def timed(
-    f: Callable[[Any, Any], Any], k: int, tokens: Sequence[int], weights: Sequence[Any], about: Callable[..., Any]
+    f: Callable[[Any, Any], Any],
+    k: int,
+    tokens: Sequence[int],
+    weights: Sequence[Any],
+    about: Callable[..., Any],
+    tries: bool = True,
 ) -> dict[int, dict[str, Any]]:
     """For each number of tokens m the time of f(x, w) and about(m, y, x), or the error.
 
     Compiled for all numbers of tokens at once: it is most of the time of a run, and the host has cores to spare.
-    Nothing is timed before all are done, since XLA tries its products out on the device."""
+    Nothing is timed before all are done, nor, if XLA has products of f to try out on the device, while another process
+    times."""
     xs = {m: tokens_of(m, k) for m in tokens}
-    compiled = {m: _COMPILERS.submit(lambda x: jax.jit(f).lower(x, weights[0]).compile(), x) for m, x in xs.items()}
-    wait(compiled.values())
+    with alone() if tries else contextlib.nullcontext():
+        compiled = {m: _COMPILERS.submit(lambda x: jax.jit(f).lower(x, weights[0]).compile(), x) for m, x in xs.items()}
+        wait(compiled.values())
     rows = {}
-    for m, program in compiled.items():
-        try:
-            run = program.result()
-            rows[m] = {"us": device_time(run, xs[m], weights)} | about(m, run(xs[m], weights[0]), xs[m])
-        except Exception as error:
-            rows[m] = failure(error)
+    with alone():
+        for place, (m, program) in enumerate(compiled.items()):
+            try:
+                run = program.result()
+                if place == 0:
+                    warm_up(run, xs[m], weights)
+                rows[m] = {"us": device_time(run, xs[m], weights)} | about(m, run(xs[m], weights[0]), xs[m])
+            except Exception as error:
+                rows[m] = failure(error)
     return rows
 
 
@@ -195,7 +207,8 @@ def random_codebook(codes: jax.Array, spec: QuantSpec, key: jax.Array) -> Any:
 
 
 def packed_rows(op: Op, implementation: Any, n: int, k: int, tokens: Sequence[int]) -> dict[int, dict[str, Any]]:
-    weights = random_weights(op.spec, n, k)
+    with alone():
+        weights = jax.block_until_ready(random_weights(op.spec, n, k))
     size, int8 = jq.size_bytes(weights[0]), weights[0].activation is not None
 
     def about(m: int, y: jax.Array, x: jax.Array) -> dict[str, Any]:
@@ -203,7 +216,8 @@ def packed_rows(op: Op, implementation: Any, n: int, k: int, tokens: Sequence[in
         error = error_of(y, x, weights[0])
         return {"bytes": size + 2 * m * (k + n), "path": path, "error": error, "int8": int8}
 
-    return timed(functools.partial(jq.linear, implementation=implementation), k, tokens, weights, about)
+    run = functools.partial(jq.linear, implementation=implementation)
+    return timed(run, k, tokens, weights, about, tries=implementation == "xla")
 
 
 def error_of(y: jax.Array, x: jax.Array, w: Any) -> float:

@@ -22,6 +22,7 @@ _GROUPS = (
     (Config(128, 256, 2, cluster=2), 1.1),
     (Config(96, 256, 3), 1.06),
     (Config(160, 256, 2), 1.0),
+    (Config(192, 128, 2), 0.965),
 )
 _ROWS = (
     (Config(256, 128, 2), 1.0),
@@ -36,6 +37,7 @@ _ROWS = (
 _PRODUCT = {"16 bits": 3.2e-7, "groups": 2.0e-7, "8 bits": 1.55e-7}
 _SEMAPHORES = 1.5
 _SHARED = {2: 1.4e-4, 1: 3.5e-4}
+_TWO_STAGES = 1.03  # hide less of a copy's latency
 _ASTRAY = 1.03  # CTAs that read different inputs at a time find less in the cache
 _KERNEL = 2.5
 _SPLIT = 2e-6
@@ -104,7 +106,7 @@ def _kind(problem: Problem) -> str:
 def _time(problem: Problem, config: Config, each: float) -> float:
     """Microseconds of a product, about; `each`: of an output and token, beside the first blocks."""
     items, block = blocks_of(problem, config) * config.splits, config.rows * config.block_m
-    whole = each * block * problem.inputs * _PRODUCT[_kind(problem)]
+    whole = each * block * problem.inputs * _PRODUCT[_kind(problem)] * (_TWO_STAGES if config.stages == 2 else 1)
     if config.stream_k:
         ranges = StreamK(items, -(-problem.inputs // config.block_k), config.blocks)
         share = _SEMAPHORES + _SHARED[problem.x_bytes] * block * (1 + 0.25 * ranges.parts) if ranges.units else 0

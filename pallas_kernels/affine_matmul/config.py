@@ -180,7 +180,7 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return f"{config.kept_places} places for kept columns; expected at least 1"
     if config.warpgroups + 1 > MOST_WARPGROUPS:
         return f"{config.warpgroups} warpgroups that compute; expected at most {MOST_WARPGROUPS - 1}"
-    if accumulators(problem, config) + 40 > config.registers()[1]:
+    if accumulators(problem, config) + 38 > config.registers()[1]:
         return f"block_m={config.block_m} needs {accumulators(problem, config)} registers for sums; too many"
     needed = shared_bytes(problem, config)
     if needed > SHARED_MEMORY - _BARRIERS:

@@ -30,7 +30,9 @@ def launch(
     so the inputs of kept columns."""
     tokens, inputs = x.shape
     if x.dtype == jnp.int8 and inputs % 16:
-        raise ValueError(f"8-bit x has {inputs} columns, slots come in blocks of 16; pad x with zeros before ordering it")
+        raise ValueError(
+            f"8-bit x has {inputs} columns, slots come in blocks of 16; pad x with zeros before ordering it"
+        )
     padding = -tokens % 8 if tokens > 8 else 0
     arrays = {
         "words": weight["words"],

@@ -27,7 +27,7 @@ from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops
 from pallas_kernels.compat import arith
 
-_AT_ONCE = 32  # registers that are loaded before the first is waited for: one by one they take half a microsecond each
+_AT_ONCE = 64  # registers that are loaded before the first is waited for: one by one they take half a microsecond each
 
 
 @dataclasses.dataclass(frozen=True)
