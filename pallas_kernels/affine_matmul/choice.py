@@ -15,7 +15,9 @@ from pallas_kernels.affine_matmul.stream_k import StreamK
 _WIDE = (
     (Config(256, 128, 2, scale="operand"), 1.0),
     (Config(128, 128, 3, scale="operand"), 1.01),
-    (Config(128, 128, 2, scale="operand"), 1.12),
+    (Config(128, 128, 2, scale="operand"), 1.16),
+    (Config(128, 128, 2), 1.16),
+    (Config(128, 128, 2, cluster=2), 1.17),
 )
 _GROUPS = (
     (Config(128, 256, 2), 1.12),
@@ -31,16 +33,18 @@ _ROWS = (
     (Config(128, 128, 2), 1.2),
     (Config(128, 128, 2, cluster=2), 1.18),
 )
-# Microseconds: an output, token and input of those first blocks; semaphores set to zero; an output and token of a block
-# that CTAs share, for 16-bit and for 8-bit tokens; the kernel that adds sums of split inputs, and what it reads and
-# writes, an output and token each
-_PRODUCT = {"16 bits": 3.2e-7, "groups": 2.0e-7, "8 bits": 1.55e-7}
-_SEMAPHORES = 1.5
-_SHARED = {2: 1.4e-4, 1: 3.5e-4}
+# Microseconds, of 16-bit tokens, 8-bit tokens with groups, and without:
+_PRODUCT = {"16 bits": 3.2e-7, "groups": 2.0e-7, "8 bits": 1.55e-7}  # an output, token and input of the first blocks
+_CLUSTER = {"16 bits": 1.9e-4, "groups": 5e-4, "8 bits": 4e-4}  # an output and token of a block shared by a cluster
+_STREAM_K = {"16 bits": 1.2e-4, "groups": 2.5e-4, "8 bits": 4e-4}  # the same by stream-K, one part; half for another
+_SEMAPHORES = 1.5  # set to zero, for stream-K
+_KERNEL, _SPLIT = 2.5, 2e-6  # that adds sums of split inputs: a launch, an output and token of each
+_HALF, _TOKEN = 1.2, 6e-7  # bfloat16 tokens made float16: a launch, a token and input
+# Factors
+_ASTRAY = 1.03  # by stream-K: CTAs that read different inputs at a time find less in the cache
 _TWO_STAGES = 1.03  # hide less of a copy's latency
-_ASTRAY = 1.03  # CTAs that read different inputs at a time find less in the cache
-_KERNEL = 2.5
-_SPLIT = 2e-6
+_SMALL_GROUPS = 1.1  # sums of groups of 64
+_ENTRIES = 15.0  # sparse entries cost a block of so many tokens as much again as its products
 
 
 def choose(problem: Problem) -> Config:
@@ -75,7 +79,7 @@ def _few(problem: Problem, wide: int) -> list[Config]:
     if blocks > MULTIPROCESSORS:
         if problem.x_bytes == 2 and tokens <= 16:
             found += [Config(wide, 1024, 1, 4, cluster=2)]
-        elif problem.x_bytes == 2:
+        elif problem.x_bytes == 2 and tokens > 32 and blocks > 2 * MULTIPROCESSORS:
             found += [Config(wide, 128, 4, stream_k=True)]
     elif 2 * blocks >= MULTIPROCESSORS - 8:  # blocks of 64 outputs for half of the multiprocessors
         if problem.x_bytes == 1 and problem.inputs <= 4096:
@@ -105,16 +109,25 @@ def _kind(problem: Problem) -> str:
 
 def _time(problem: Problem, config: Config, each: float) -> float:
     """Microseconds of a product, about; `each`: of an output and token, beside the first blocks."""
+    kind, grouped = _kind(problem), problem.group_size is not None or problem.has_zeros
     items, block = blocks_of(problem, config) * config.splits, config.rows * config.block_m
-    whole = each * block * problem.inputs * _PRODUCT[_kind(problem)] * (_TWO_STAGES if config.stages == 2 else 1)
+    whole = each * block * problem.inputs * _PRODUCT[kind] * (_TWO_STAGES if config.stages == 2 else 1)
+    if problem.entry_words:
+        whole *= 1 + _ENTRIES / config.block_m
+    before = 0.0
+    if grouped and config.scale == "operand" and problem.x_dtype == "bfloat16":
+        before = _HALF + _TOKEN * problem.tokens * problem.inputs
+    elif kind == "16 bits" and (problem.group_size or 128) < 128:
+        whole *= _SMALL_GROUPS
     if config.stream_k:
         ranges = StreamK(items, -(-problem.inputs // config.block_k), config.blocks)
-        share = _SEMAPHORES + _SHARED[problem.x_bytes] * block * (1 + 0.25 * ranges.parts) if ranges.units else 0
-        return _ASTRAY * ranges.turns * whole + share
+        shared = _SEMAPHORES + _STREAM_K[kind] * block * (1 + ranges.parts) / 2 if ranges.units else 0
+        return before + _ASTRAY * ranges.turns * whole + shared
     rounds = Rounds(items, config.cluster, config.blocks)
-    added = rounds.shared * block * _SHARED[problem.x_bytes] if config.cluster > 1 else 0
-    added += config.splits * problem.tokens * problem.outputs * _SPLIT + _KERNEL if config.splits > 1 else 0
-    return rounds.turns / config.splits * whole + added
+    shared = rounds.shared * block * _CLUSTER[kind] if config.cluster > 1 else 0
+    if config.splits > 1:
+        shared = _KERNEL + _SPLIT * config.splits * problem.tokens * problem.outputs
+    return before + rounds.turns / config.splits * whole + shared
 
 
 def _shared(problem: Problem, config: Config) -> Config:

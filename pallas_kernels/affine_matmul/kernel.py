@@ -10,8 +10,9 @@ the tensor core works on a tile of 64 inputs, the next tile is decoded.
 
 Shared memory of a stage: words [row warpgroups, block_k / 64, bits, 128] uint32; x [block_m, block_k] in tiles of 8 x
 128 bytes with the 128-byte swizzle; scales, zeros [groups, 64 * row warpgroups]. Sums of warpgroups that share outputs,
-in one CTA or in the CTAs of a cluster, meet in shared memory (`pallas_kernels.affine_matmul.parts`), those of stream-K in
-global memory (`pallas_kernels.affine_matmul.stream_k`); those of `splits` leave the kernel as [splits, M, N].
+in one CTA or in the CTAs of a cluster, meet in shared memory (`pallas_kernels.affine_matmul.parts`), those of stream-K
+in global memory (`pallas_kernels.affine_matmul.stream_k`); those of `splits` leave the kernel as [splits, M, N]. Many
+tokens leave through shared memory, too (`pallas_kernels.affine_matmul.output_tiles`).
 
 Sparse entries, if there are any, come as [row warpgroups, block_k / 128, words] uint32 a stage and are added to the
 decoded weights (`pallas_kernels.sparse_matmul.tiles`); what overflowed stays in global memory. Kept columns, which have

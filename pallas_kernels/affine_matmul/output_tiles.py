@@ -1,9 +1,9 @@
 """Blocks of y written through shared memory: whole lines of 128 bytes instead of single entries.
 
-A thread has entries of two rows of y^T, 2 bytes each, that lie far apart in y [M, N]. Written one by one, a block of 256
-tokens took 5 us, of 26 that it is computed in with 4096 inputs. Here a warpgroup turns TOKENS tokens at a time of its 64
-outputs, [TOKENS, 64], by `stmatrix`, transposed, into one of two places in shared memory, and the copy engine writes them
-while the next are made; tokens past the end it leaves out.
+A thread has entries of two rows of y^T, 2 bytes each, that lie far apart in y [M, N]. Written one by one, a block of
+256 x 128 took 5 us, of 26 that it is computed in with 4096 inputs of 8 bits. Here a warpgroup turns TOKENS tokens at a
+time of its 64 outputs, [TOKENS, 64], by `stmatrix`, transposed, into one of two places in shared memory, and the copy
+engine writes them while the next are made; tokens past the end it leaves out.
 
     matrix of stmatrix      8 outputs (16w + 8h..) of 8 tokens: register (j, h), the tokens 2t and 2t + 1 as halves
     shared memory           line token, 128 bytes, its eight pieces of 16 bytes permuted by token % 8 (128-byte swizzle)

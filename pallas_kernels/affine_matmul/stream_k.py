@@ -158,4 +158,4 @@ def _add(place: Any, semaphore: Any, sums: jax.Array) -> jax.Array:
             total += [add(a, b) for a, b in zip(mine, others, strict=True)]
         return compat.array_of(total)
 
-    return run(place, semaphore, sums)  # pyright: ignore[reportReturnType]
+    return run(place, semaphore, sums)  # pyright: ignore[reportCallIssue, reportReturnType]

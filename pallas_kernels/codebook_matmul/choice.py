@@ -37,7 +37,7 @@ _SECOND_KERNEL = 2500.0
 _HAND_OVER = 1000.0  # between the CTAs of a cluster
 _SEMAPHORES = 1500.0  # set to zero, for stream-K
 _ASTRAY = 1.03  # reading different inputs at a time, CTAs find less in the cache
-_PART = 0.05  # an output and token handed over by stream-K
+_PART = 0.13  # an output and token handed over by stream-K
 _OVERHEAD = 0.12  # integer operations a weight beside the look-up
 
 
@@ -114,9 +114,11 @@ def estimate(problem: Problem, config: Config, entry_bytes: int | None = None) -
     memory = words / column_blocks / share + (words + x_bytes) / _CACHE_BYTES
     look_ups = weights * (operations + _OVERHEAD) / _INTEGER_OPERATIONS
     products = problem.planes * weights * config.block_m / (_PRODUCTS * (2 if problem.x_bytes == 1 else 1))
-    # With many tokens two warpgroups hide look-ups and products behind each other, but not quite: of 128 tokens 4-bit
-    # look-ups take 0.7 of the products' time, and add 0.2 of it.
-    computing = math.hypot(look_ups, products) if config.block_m > 64 else max(look_ups, products)
+    # Few tokens hide their products behind the look-ups. Of 64 each warpgroup waits for its own, all in step; of more
+    # two warpgroups hide most of one behind the other.
+    computing = max(look_ups, products)
+    if config.block_m >= 64:
+        computing = look_ups + products if config.block_m == 64 else math.hypot(look_ups, products)
     whole = max(memory, computing) + steps * _STEP + _BLOCK
     if config.stream_k:
         ranges = StreamK(items, steps, config.blocks)

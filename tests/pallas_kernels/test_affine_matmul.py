@@ -360,6 +360,7 @@ def test_a_cluster_that_cannot_be_is_refused() -> None:
         ({"blocks": 99, "stream_k": True}, "99 CTAs for 55 stages; expected one for each at least"),
     ]
     for changes, reason in cases:
-        config = affine.Config(**({"block_m": 8, "block_k": 256, "row_warpgroups": 1, "k_warpgroups": 4} | changes))
+        given: dict[str, Any] = {"block_m": 8, "block_k": 256, "row_warpgroups": 1, "k_warpgroups": 4} | changes
+        config = affine.Config(**given)
         with pytest.raises(ValueError, match=reason):
             affine.affine_matmul(**arrays, **static, config=config)
