@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -76,7 +77,7 @@ def in_pieces(row: Row) -> bool:
 def problem_of(row: Row) -> affine.Problem:
     kind = row.kind
     if in_pieces(row):
-        more = {"pieces": codebook.PIECES, "planes": entry_bytes(kind)}
+        more: dict[str, Any] = {"pieces": codebook.PIECES, "planes": entry_bytes(kind)}
         return affine.Problem(1, row.n, row.k, kind.bits, None, False, "int8", "float32", **more)
     scales = "bfloat16" if kind.entry is None else "float32"
     return affine.Problem(row.m, row.n, row.k, kind.bits, kind.group_size, kind.zeros, kind.x, scales)

@@ -37,9 +37,9 @@ from pallas_kernels.affine_matmul.epilogue import scale_block, store_block
 from pallas_kernels.affine_matmul.kept_product import copy_kept, kept_product, kept_scratch, offer_places
 from pallas_kernels.affine_matmul.output_tiles import store_tiles, tiles_scratch
 from pallas_kernels.affine_matmul.parts import add_parts, add_shares, leave_together, parts_scratch
+from pallas_kernels.affine_matmul.pieces import Pieces
 from pallas_kernels.affine_matmul.register_decode import byte_factor
-from pallas_kernels.affine_matmul.rounds import Rounds
-from pallas_kernels.affine_matmul.stream_k import StreamK, add_rest, partials_shape
+from pallas_kernels.affine_matmul.stream_k import add_rest, partials_shape
 from pallas_kernels.affine_matmul.warpgroup import Decoder, warpgroup_step
 
 Refs = dict[str, Any]
@@ -128,45 +128,12 @@ def _body(
     warpgroup = lax.axis_index("warpgroup")
     cluster = lax.axis_index("block")
     rank: Any = lax.axis_index("rank") if config.cluster > 1 else 0
-    column_blocks = -(-problem.tokens // config.block_m)
-    row_blocks = -(-problem.outputs // config.rows)
-    steps = -(-problem.inputs // (config.block_k * config.splits))
-    items = row_blocks * column_blocks * config.splits
-    # of stream-K CTAs wait for those of a higher number, which has to start first
-    cta = config.blocks - 1 - cluster
-    ranges = StreamK(items, steps, config.blocks)
-    rounds = Rounds(items, config.cluster, config.blocks)
-    mine = ranges.count(cta) if config.stream_k else rounds.count(cluster)
+    pieces = Pieces(problem, config, cluster, rank)
+    mine = pieces.count()
     copying, computing = config.registers()
     semaphores: Any = None
     if config.stream_k:
         semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((config.blocks * config.row_warpgroups,)))
-
-    def place(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-        """Block of outputs, block of tokens, part of the inputs, and whether CTAs share the block: tokens vary first,
-        they share the weights."""
-        if config.stream_k:
-            item, is_shared = ranges.piece(index, cta)[0], False
-        else:
-            item, is_shared = rounds.item(index, cluster, rank)
-        split = lax.rem(item, jnp.int32(config.splits))
-        pair = lax.div(item, jnp.int32(config.splits))
-        return lax.div(pair, jnp.int32(column_blocks)), lax.rem(pair, jnp.int32(column_blocks)), split, is_shared
-
-    def inputs_of(index: jax.Array, split: jax.Array, is_shared: Any) -> tuple[Any, Any, Any]:
-        """The first stage of a CTA's inputs, how many there are, and in how many segments."""
-        first: Any = split * steps
-        count: Any = steps
-        if config.stream_k:
-            _, first, count = ranges.piece(index, cta)
-        elif config.cluster > 1:
-            most = -(-steps // config.cluster)
-            first = jnp.where(is_shared, rank * most, 0)
-            count = jnp.where(is_shared, jnp.minimum(most, steps - rank * most), steps)
-        turns = running_sums.segments(config, count) if runs_on(problem) else 0
-        # Mosaic fails on the registers that a loop carries once it knows that there is one turn
-        one = jnp.where(cluster >= 0, jnp.int32(1), jnp.int32(0))
-        return first, *(one if isinstance(known, int) and known == 1 else known for known in (count, turns))
 
     def kept_tiles(first: Any) -> Any:
         """Tiles of kept columns that a CTA adds to a block: who has its first stage all of them."""
@@ -178,8 +145,7 @@ def _body(
             plgpu.set_max_registers(copying, action="decrease")
 
         def item(index: jax.Array, done: jax.Array) -> jax.Array:
-            row, column, split, is_shared = place(index)
-            first, count, _ = inputs_of(index, split, is_shared)
+            piece = pieces.piece(index)
 
             def step(k: jax.Array, done: jax.Array) -> jax.Array:
                 slot = lax.rem(done, jnp.int32(config.stages))
@@ -188,12 +154,12 @@ def _body(
                 def _wait() -> None:
                     plgpu.barrier_wait(shared["empty"].at[slot])
 
-                _copy_stage(problem, config, refs, shared, slot, row, column, first + k)
+                _copy_stage(problem, config, refs, shared, slot, piece.row, piece.column, piece.first + k)
                 return done + 1
 
-            done = lax.fori_loop(0, count, step, done)
+            done = lax.fori_loop(0, piece.stages, step, done)
             if problem.kept_columns:
-                copy_kept(problem, config, refs, shared, row, column, kept_tiles(first))
+                copy_kept(problem, config, refs, shared, piece.row, piece.column, kept_tiles(piece.first))
             return done
 
         lax.fori_loop(0, mine, item, jnp.int32(0))
@@ -212,15 +178,16 @@ def _body(
         if problem.kept_columns:
             pl.when(k_part == 0)(lambda: offer_places(problem, config, shared))
         names = [name for name in ("words", "x", "scales", "zeros", "slots") if name in shared]
+        own_tiles = shared["tiles"].at[row_part] if "tiles" in shared else None
         overflow = [refs["overflow"]] if problem.entry_words else []
 
         def load_state(index: jax.Array) -> tuple[jax.Array, ...]:
-            first_row = (place(index)[0] * config.row_warpgroups + row_part) * 64
+            first_row = (pieces.piece(index).row * config.row_warpgroups + row_part) * 64
             return () if decoder is None else (decoder.load(refs["tables"], first_row),)
 
         def item(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             done, *state = carry
-            row, column, split, is_shared = place(index)
+            piece = pieces.piece(index)
             # early if registers are plenty, since they are kept for as long
             following = load_state(index + 1) if config.block_m <= 64 else ()
 
@@ -233,33 +200,32 @@ def _body(
                 plgpu.barrier_arrive(shared["empty"].at[slot])
                 return done + 1, sums
 
-            first, count, turns = inputs_of(index, split, is_shared)
             if runs_on(problem):
-                done, sums = running_sums.sum_stages(problem, config, turns, count, step, done)
+                done, sums = running_sums.sum_stages(problem, config, piece.segments, piece.stages, step, done)
             else:
                 zero = jnp.zeros((compat.THREADS * registers_of_sums(problem, config),), kind)
-                done, sums = lax.fori_loop(0, count, step, (done, zero))
+                done, sums = lax.fori_loop(0, piece.stages, step, (done, zero))
             if config.block_m > 64:
                 following = load_state(index + 1)
-            first_row = (row * config.row_warpgroups + row_part) * 64
-            first_token = column * config.block_m
+            first_row = (piece.row * config.row_warpgroups + row_part) * 64
+            first_token = piece.column * config.block_m
 
             def write(sums: jax.Array) -> None:
                 y = scale(refs, first_token, first_row, sums)
                 if add_kept is not None:
-                    y = add_kept(shared, row_part, kept_tiles(first), y)
+                    y = add_kept(shared, row_part, kept_tiles(piece.first), y)
                 if "tiles" in shared:
-                    store_tiles(config, out_dtype)(
-                        shared["tiles"].at[row_part], refs["out"].at[0], first_token, first_row, y
-                    )
+                    store_tiles(config, out_dtype)(own_tiles, refs["out"].at[0], first_token, first_row, y)
                 else:
-                    store_block(problem, config, out_dtype)(refs["out"], first_token, first_row, split, y)
+                    store_block(problem, config, out_dtype)(refs["out"], first_token, first_row, piece.split, y)
 
             if config.stream_k:
-                piece = ranges.piece(index, cta)
-                finish = functools.partial(add_rest, ranges, refs["partials"], semaphores, piece, cta, row_part)
+                stages = piece.item, piece.first, piece.stages
+                finish = functools.partial(
+                    add_rest, pieces.ranges, refs["partials"], semaphores, stages, pieces.cta, row_part
+                )
             else:
-                whose = (rank, row_part, is_shared, index - rounds.own)
+                whose = (rank, row_part, piece.is_shared, index - pieces.rounds.own)
                 finish = functools.partial(add_shares, config, shared, whose)
             add_parts(config, shared, index, row_part, k_part, sums, lambda total: finish(total, write))
             return done, *following

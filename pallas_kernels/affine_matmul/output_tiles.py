@@ -48,7 +48,8 @@ def store_tiles(config: Config, dtype: Any) -> Callable[..., None]:
         def run(_: Any, tile: Value, block: Any) -> None:
             line = line_address(ops.shared_address(tile), compat.thread_in_warpgroup())
             registers = compat.registers_of(block)[TOKENS // 2 * chunk : TOKENS // 2 * (chunk + 1)]
-            matrices = [ops.pack_pair(*registers[i : i + 2], operand) for i in range(0, TOKENS // 2, 2)]
+            pairs = zip(registers[::2], registers[1::2], strict=True)
+            matrices = [ops.pack_pair(low, high, operand) for low, high in pairs]
             ops.store_matrices(line, matrices)
 
         run(tile, block)  # pyright: ignore[reportCallIssue]
