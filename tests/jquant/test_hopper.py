@@ -23,6 +23,7 @@ from jquant.format.weights import (
 )
 from jquant.linear import choose, hopper, linear, preparation, prepare, xla
 from pallas_kernels import device
+from pallas_kernels.affine_matmul import choice as blocks
 from pallas_kernels.kept_columns import kept_weight
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
@@ -115,8 +116,9 @@ GROUPED = ("w4-g64", "w4-g64+o5", "w4-g128-sym", "w3-g64", "w2-g64", "w8", "w4-g
 
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests take the ways of large weights."""
+    """Tests take the ways of large weights: tables in fixed point, and blocks that scale weights in 16 bits."""
     monkeypatch.setattr(preparation, "SMALL", 0)
+    monkeypatch.setattr(blocks, "_WIDE", [pair for pair in blocks._WIDE if pair[0].scale == "operand"])
 
 
 @pytest.fixture
@@ -145,7 +147,7 @@ def test_prepared_layers_lower_to_a_kernel_and_keep_their_meaning(name: str) -> 
         # groups or entries round: one that makes it float16
         beside = tokens == 1 and name.startswith(("w3-codebook", "w4-codebook"))
         beside |= name.startswith(("w4-codebook-int8", "w3-codebook-int8"))
-        beside |= tokens > 128 and name in GROUPED
+        beside |= tokens > 64 and name in GROUPED
         beside |= tokens > hopper.ROWS_TOKENS and inside and "codebook" not in name
         if isinstance(w, QuantizedLinear):
             by_row = w.residual is not None and (tokens <= hopper.ROWS_TOKENS or "zero scales" in name)
