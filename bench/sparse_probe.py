@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jquant as jq
-from bench.device_time import device_time
+from bench.device_time import device_time, warm_up
 from bench.matmul import dense_times, random_weight, tokens_of
 from jquant.format.spec import QuantSpec
 from jquant.format.weights import sparse_residual
@@ -108,6 +108,7 @@ def sweep_rows(n: int, k: int, tokens: list[int]) -> None:
             run = jax.jit(lambda xy, rows, c=config: add_rows(xy[1], xy[0], rows, out_dtype=xy[0].dtype, config=c))
             try:
                 worst = float(jnp.max(jnp.abs(run(first, copies[0]) - expected)))
+                warm_up(run, first, copies)
                 text = f"{device_time(run, first, copies):8.2f} us, largest difference {worst:.1e}"
             except Exception as error:
                 text = f"FAILED {type(error).__name__}: {error}"[:300]
@@ -147,6 +148,7 @@ def measure(layers: list[Any], m: int, k: int, decoded: jax.Array) -> dict[str, 
     expected = jnp.dot(few, decoded.T, precision="highest")
     got = run(x, layers[0])[: few.shape[0]].astype(jnp.float32)
     worst = jnp.max(jnp.sqrt(jnp.mean((got - expected) ** 2, axis=0)) / jnp.sqrt(jnp.mean(few**2)))
+    warm_up(run, x, layers)
     return {
         "us": device_time(run, x, layers),
         "error": float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)),

@@ -141,7 +141,9 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
         columns = ", kept columns " + ("inside the product" if inside else "beside it")
     if layer.residual is not None:
         entries = ", sparse entries " + ("by row" if tiles is None else "added to the weights")
-    return f"{codes} by {inputs}, blocks of {config.rows} outputs x {config.block_m} tokens{columns}{entries}"
+    shared = ", the last ones shared" if config.stream_k or config.cluster > 1 else ""
+    blocks = f"blocks of {config.rows} outputs x {config.block_m} tokens{shared}"
+    return f"{codes} by {inputs}, {blocks}{columns}{entries}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

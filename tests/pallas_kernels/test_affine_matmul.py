@@ -372,3 +372,11 @@ def test_small_products_keep_exact_weights() -> None:
     small = affine.Problem(128, 4096, 4096, 4, 128, False, "bfloat16", "float16")
     large = dataclasses.replace(small, tokens=2048, outputs=28672, inputs=8192)
     assert not affine.rounds_weights(small) and affine.rounds_weights(large)
+
+
+def test_slots_that_are_cut_are_refused() -> None:
+    # the first half of a block of 16 slots does not hold the first eight columns
+    arrays, static, _ = arguments((5, 64, 64, 4, None, False, "int8", "float32"))
+    words = pack_fragments(jnp.zeros((64, 40), jnp.uint8), 4, "pairs")
+    with pytest.raises(ValueError, match="8-bit x has 40 columns, slots come in blocks of 16"):
+        affine.affine_matmul(**(arrays | {"x": arrays["x"][:, :40], "words": words}), **static)
