@@ -87,7 +87,7 @@ def kernels() -> str:
     tables = [products(data, shape, QUICK, True) for shape in SHOWN]
     about = (
         f"One {data['environment']['device']}, device time, times as fast as XLA's dense bfloat16 product; in brackets "
-        "what the roofline allows, from the copy bandwidth and the peaks of XLA's own products, measured in the same run."
+        "what the roofline allows, from the copy bandwidth and the peaks of XLA's own products in the same run."
     )
     return "\n\n".join([about, *tables])
 
