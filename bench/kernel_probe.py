@@ -31,7 +31,7 @@ from pallas_kernels import affine_matmul as affine, codebook_matmul as codebook
 from pallas_kernels.fragments import fragments_shape, slot_order, unpack_fragments
 from pallas_kernels.half_tokens import half_rows
 
-PATIENCE = 45.0  # seconds for one row, its compilation and its reference included
+PATIENCE = 45.0  # seconds for one row, its compilation and its reference included, for each process of a device
 
 
 class Bench:
@@ -180,7 +180,12 @@ def work(todo: list[Row], dry: bool) -> None:
 
 def supervise(todo: list[Row], options: argparse.Namespace) -> list[dict[str, Any]]:
     started, results = time.monotonic(), []
-    out = Path(options.out)
+    patience = PATIENCE * options.share[1]
+
+    def save() -> None:
+        if options.out is not None:
+            options.out.write_text(json.dumps(results, indent=1))
+
     while len(results) < len(todo) and time.monotonic() - started < options.seconds:
         command = [sys.executable, "-m", "bench.kernel_probe", "--worker", str(len(results)), *sys.argv[1:]]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -188,11 +193,10 @@ def supervise(todo: list[Row], options: argparse.Namespace) -> list[dict[str, An
         threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
         while len(results) < len(todo) and time.monotonic() - started < options.seconds:
             try:
-                line = lines.get(timeout=PATIENCE)
+                line = lines.get(timeout=patience)
             except queue.Empty:
-                line = json.dumps(
-                    {"row": todo[len(results)].name(), "failed": f"no answer in {PATIENCE} s", "fatal": True}
-                )
+                reason = f"no answer in {patience} s"
+                line = json.dumps({"row": todo[len(results)].name(), "failed": reason, "fatal": True})
             if line is None:
                 reason = f"the process ended with {process.wait()}"
                 results.append({"row": todo[len(results)].name(), "failed": reason})
@@ -201,12 +205,12 @@ def supervise(todo: list[Row], options: argparse.Namespace) -> list[dict[str, An
             result = json.loads(line)
             results.append(result)
             show(result)
-            out.write_text(json.dumps(results, indent=1))
+            save()
             if "fatal" in result:
                 break
         process.kill()
         process.wait()
-    out.write_text(json.dumps(results, indent=1))
+    save()
     return results
 
 
@@ -225,9 +229,17 @@ def show(result: dict[str, Any]) -> None:
     print(f"{result['row']:74s} {numbers}  error {result['error']:.1e}", flush=True)
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """(2, 3) from 2/3."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; expected one like 2/3")
+    return int(part), int(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="kernel_probe.json")
+    parser.add_argument("--out", type=Path, help="where raw results go (default: nowhere)")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--more", action="store_true", help="other kinds of weights")
     parser.add_argument("--tables", action="store_true", help="codebooks of int8 and of 16-bit entries")
@@ -235,7 +247,7 @@ def main() -> None:
     parser.add_argument("--chosen", action="store_true", help="only the configurations that `choose` gives")
     parser.add_argument("--only", default="", help="rows whose name matches this regular expression")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--share", default="1/1", help="2/3: the second third of the rows; processes share a device")
+    parser.add_argument("--share", type=part_of, default="1/1", help="2/3: the second third, if three share a device")
     parser.add_argument("--seconds", type=float, default=110.0)
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -243,7 +255,7 @@ def main() -> None:
     kinds = TABLES if options.tables else MORE if options.more else MAIN
     todo = rows(kinds, tokens, UNEVEN if options.uneven else SHAPES, not options.chosen)
     todo = [row for row in todo if re.search(options.only, row.name())]
-    part, parts = (int(text) for text in options.share.split("/"))
+    part, parts = options.share
     todo = todo[len(todo) * (part - 1) // parts : len(todo) * part // parts]
     if options.worker is not None:
         work(todo[options.worker :], options.dry)

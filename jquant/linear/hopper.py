@@ -40,11 +40,11 @@ Packed = AffineWeight | CodebookWeight
 # microseconds over those of the base alone, 3 bits with tables, by themselves and inside its product:
 #
 #     tokens       1     16     64    256    2048
-#     base        31.8   42.1   67.9   165   1188
-#     by row       4.2   17.9   72.5   279   2169
-#     inside      23.8   29.2   26.0    30    128
+#     base        31.4   42.0   70.2   154   1179
+#     by row       4.5   18.2   48.2   186   1452
+#     inside      20.4   18.6   13.6     9     52
 #
-# (from 64 tokens on, by row before it wrote the output's own type; inside, one token has 16-bit operands)
+# (inside, one token has 16-bit operands)
 ROWS_TOKENS = 16
 
 

@@ -1,7 +1,8 @@
 """Which configuration a shape gets: the first candidate that fits, in an order that was found on an H200.
 
 Up to 64 tokens rules say what comes first. With more, the tensor core's time counts: of blocks of different size those
-whose rounds over all multiprocessors take least, an incomplete last round counted whole, unless all CTAs share it.
+of the least estimated time, from what was measured: rounds over all multiprocessors, an incomplete last one counted
+whole unless CTAs share it, what sharing costs, and the launch that comes before.
 """
 
 from dataclasses import replace
@@ -80,6 +81,7 @@ def _few(problem: Problem, wide: int) -> list[Config]:
         if problem.x_bytes == 2 and tokens <= 16:
             found += [Config(wide, 1024, 1, 4, cluster=2)]
         elif problem.x_bytes == 2 and tokens > 32 and blocks > 2 * MULTIPROCESSORS:
+            # blocks of 256 outputs leave some multiprocessors idle; fewer of them would be cut too small
             found += [Config(wide, 128, 4, stream_k=True)]
     elif 2 * blocks >= MULTIPROCESSORS - 8:  # blocks of 64 outputs for half of the multiprocessors
         if problem.x_bytes == 1 and problem.inputs <= 4096:

@@ -16,7 +16,9 @@ SHARED_MEMORY = 227 * 1024
 _BARRIERS = 1280  # bytes for these, and to align what is swizzled
 _REGISTERS = 65536  # of a multiprocessor
 _OTHER_REGISTERS = 72  # words, fragments of two tiles, addresses
+_FEWEST_REGISTERS = 38  # with which blocks of 192 tokens do, and nothing spills
 MOST_WARPGROUPS = 5
+STORED_TOKENS = 16  # of a tile in which outputs leave: four matrices a warp
 SEGMENT = 512  # inputs of a warpgroup after which running sums start anew
 
 ScaleWhere = Literal["sum", "operand"]
@@ -123,7 +125,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     stage += config.row_warpgroups * (config.block_k // 128) * problem.entry_words * 4
     others = config.k_warpgroups - 1 + config.cluster - 1  # whose sums are handed over
     kept = kept_places(problem, config) * (config.rows + config.block_m) * 128
-    tiles = config.rows * 64 if writes_tiles(problem, config) else 0
+    tiles = 2 * STORED_TOKENS * config.rows * 2 if writes_tiles(problem, config) else 0  # two places, of 16 bits
     return config.stages * stage + others * config.rows * config.block_m * problem.planes * 4 + kept + tiles
 
 
@@ -134,7 +136,8 @@ def kept_places(problem: Problem, config: Config) -> int:
 
 def writes_tiles(problem: Problem, config: Config) -> bool:
     """Whether outputs of 16 bits leave in tiles, which are 64 outputs wide."""
-    return config.block_m >= 64 and config.block_m % 16 == 0 and problem.outputs % 64 == 0 and config.splits == 1
+    whole = config.block_m >= 64 and config.block_m % STORED_TOKENS == 0
+    return whole and problem.outputs % 64 == 0 and config.splits == 1
 
 
 def _groups(problem: Problem, config: Config) -> int:
@@ -180,7 +183,7 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return f"{config.kept_places} places for kept columns; expected at least 1"
     if config.warpgroups + 1 > MOST_WARPGROUPS:
         return f"{config.warpgroups} warpgroups that compute; expected at most {MOST_WARPGROUPS - 1}"
-    if accumulators(problem, config) + 38 > config.registers()[1]:
+    if accumulators(problem, config) + _FEWEST_REGISTERS > config.registers()[1]:
         return f"block_m={config.block_m} needs {accumulators(problem, config)} registers for sums; too many"
     needed = shared_bytes(problem, config)
     if needed > SHARED_MEMORY - _BARRIERS:

@@ -55,7 +55,7 @@ def scale_block(problem: Problem, config: Config, dtypes: dict[str, str], factor
 
 
 def store_block(problem: Problem, config: Config, dtype: Any) -> Callable[..., None]:
-    """The function (out, first token, first row, split, y) -> None that writes a block, entry by entry."""
+    """The function (out, split, first token, first row, y) -> None that writes a block, entry by entry."""
     layout = compat.registers_layout(_values(problem, config))
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), [compat.SCALAR] * 3, layout))
@@ -64,7 +64,7 @@ def store_block(problem: Problem, config: Config, dtype: Any) -> Callable[..., N
         base, name = ops.global_address(out), jnp.dtype(dtype).name
         _store(problem, base, name, split, *_first(first_token, first_row), compat.registers_of(block))
 
-    def run(out: Any, first_token: Any, first_row: Any, split: Any, block: jax.Array) -> None:
+    def run(out: Any, split: Any, first_token: Any, first_row: Any, block: jax.Array) -> None:
         store(out, [first_token, first_row, split], block)  # pyright: ignore[reportCallIssue]
 
     return run

@@ -178,12 +178,17 @@ def _body(
         if problem.kept_columns:
             pl.when(k_part == 0)(lambda: offer_places(problem, config, shared))
         names = [name for name in ("words", "x", "scales", "zeros", "slots") if name in shared]
-        own_tiles = shared["tiles"].at[row_part] if "tiles" in shared else None
+        if "tiles" in shared:
+            store = functools.partial(store_tiles(config, out_dtype), shared["tiles"].at[row_part], refs["out"].at[0])
+        else:
+            store = functools.partial(store_block(problem, config, out_dtype), refs["out"])
         overflow = [refs["overflow"]] if problem.entry_words else []
 
         def load_state(index: jax.Array) -> tuple[jax.Array, ...]:
+            if decoder is None:
+                return ()
             first_row = (pieces.piece(index).row * config.row_warpgroups + row_part) * 64
-            return () if decoder is None else (decoder.load(refs["tables"], first_row),)
+            return (decoder.load(refs["tables"], first_row),)
 
         def item(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             done, *state = carry
@@ -214,10 +219,7 @@ def _body(
                 y = scale(refs, first_token, first_row, sums)
                 if add_kept is not None:
                     y = add_kept(shared, row_part, kept_tiles(piece.first), y)
-                if "tiles" in shared:
-                    store_tiles(config, out_dtype)(own_tiles, refs["out"].at[0], first_token, first_row, y)
-                else:
-                    store_block(problem, config, out_dtype)(refs["out"], first_token, first_row, piece.split, y)
+                store(piece.split, first_token, first_row, y)
 
             if config.stream_k:
                 stages = piece.item, piece.first, piece.stages

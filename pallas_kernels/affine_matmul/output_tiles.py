@@ -21,10 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops
-from pallas_kernels.affine_matmul.config import Config, Problem, writes_tiles
+from pallas_kernels.affine_matmul.config import STORED_TOKENS as TOKENS, Config, Problem, writes_tiles
 from pallas_kernels.compat import Value, arith, constant
 
-TOKENS = 16  # of a tile: four matrices a warp
 # lines follow each other whatever the height of a tile, and one line divides every number of tokens
 _SWIZZLE = (plgpu.TilingTransform((1, 64)), plgpu.SwizzleTransform(128))
 _LINE = 128  # bytes
@@ -38,8 +37,8 @@ def tiles_scratch(problem: Problem, config: Config, dtype: Any) -> dict[str, Any
 
 
 def store_tiles(config: Config, dtype: Any) -> Callable[..., None]:
-    """The function (tiles, y, first token, first row, block) -> None of one warpgroup: tiles are its two places, y is
-    [M, N], block [64, block_m] float32 in block_m / 2 registers of every thread."""
+    """The function (tiles, y, split, first token, first row, block) -> None of one warpgroup: tiles are its two places,
+    y is [M, N] and whole (split is 0), block [64, block_m] float32 in block_m / 2 registers of every thread."""
     layout = compat.registers_layout(config.block_m // 2)
     operand: ops.Operand = "bf16" if jnp.dtype(dtype) == jnp.bfloat16 else "f16"
 
@@ -54,7 +53,7 @@ def store_tiles(config: Config, dtype: Any) -> Callable[..., None]:
 
         run(tile, block)  # pyright: ignore[reportCallIssue]
 
-    def store(tiles: Any, y: Any, first_token: Any, first_row: Any, block: jax.Array) -> None:
+    def store(tiles: Any, y: Any, _: Any, first_token: Any, first_row: Any, block: jax.Array) -> None:
         for chunk in range(config.block_m // TOKENS):
             tile = tiles.at[chunk % 2]
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)

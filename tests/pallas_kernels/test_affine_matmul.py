@@ -5,7 +5,6 @@ registers are run here on NumPy arrays of 128 threads, with each instruction rep
 is compared with the fragment tables of the PTX manual.
 """
 
-import dataclasses
 import re
 import types
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 from pallas_kernels import affine_matmul as affine
 from pallas_kernels.affine_matmul import choice, register_decode
 from pallas_kernels.fragments import fragments_shape, pack_fragments, slot_order
+from tests.pallas_kernels.affine import arguments
 
 THREAD = np.arange(128, dtype=np.uint32)
 FLOATS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
@@ -199,42 +199,6 @@ SHAPES = [  # M, N, K, bits, group_size, zeros, x, scales
 ]
 
 
-def arguments(shape: tuple[Any, ...]) -> tuple[dict[str, jax.Array], dict[str, Any], np.ndarray]:
-    """Arrays, static arguments and the float32 reference of one of SHAPES."""
-    m, n, k, bits, group_size, has_zeros, x_dtype, scale_dtype = shape
-    random = np.random.default_rng(m)
-    codes = random.integers(0, 2**bits, (n, k))
-    size = group_size or k
-    groups = -(-k // size)
-    scales = jnp.asarray(random.uniform(0.01, 0.02, (groups, n)), scale_dtype)
-    zeros = random.integers(0, 2**bits, (groups, n)) if has_zeros else np.full((groups, n), 2 ** (bits - 1))
-    group = np.arange(k) // size
-    weights = np.asarray(scales, np.float32)[group].T * (codes - zeros[group].T).astype(np.float32)
-    arrays = {"words": pack_fragments(jnp.asarray(codes), bits, "pairs"), "scales": scales}
-    if has_zeros:
-        arrays["zeros"] = jnp.asarray(zeros, jnp.uint8)
-    if x_dtype == "int8":
-        x = random.integers(-128, 128, (m, k)).astype(np.float32)
-        x_scales, x_offsets = (random.uniform(0.01, 0.02, m).astype(np.float32) for _ in range(2))
-        padded = np.pad(x, ((0, 0), (0, -k % 64)))
-        arrays["x"] = jnp.asarray(padded[:, slot_order(padded.shape[1])][:, :k], jnp.int8)
-        sums = weights.sum(axis=1)
-        arrays |= {
-            "x_scales": jnp.asarray(x_scales),
-            "x_offsets": jnp.asarray(x_offsets),
-            "row_sums": jnp.asarray(sums),
-        }
-        expected = (x * x_scales[:, None]) @ weights.T + x_offsets[:, None] * sums
-    else:
-        arrays["x"] = jnp.asarray(random.standard_normal((m, k)), x_dtype)
-        expected = np.asarray(arrays["x"], np.float32) @ weights.T
-        if x_dtype == "float16":  # as tokens have them that were bfloat16
-            powers = 2.0 ** random.integers(-2, 3, m)
-            arrays["x_scales"] = jnp.asarray(powers, jnp.float32)
-            expected = expected * powers[:, None]
-    return arrays, {"bits": bits, "outputs": n, "group_size": group_size, "out_dtype": jnp.float32}, expected
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_lowers_for_cuda_in_every_configuration(shape: tuple[Any, ...]) -> None:
     m, n, k, bits, group_size, has_zeros, x_dtype, scale_dtype = shape
@@ -285,93 +249,6 @@ def test_product_equals_the_float32_reference(shape: tuple[Any, ...]) -> None:
     scaled = {"bfloat16": 3e-3, "float16": 4e-4, "int8": 2e-5}[shape[6]]
     tolerance = scaled if has_groups and shape[0] > 128 else 2e-5
     assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
-
-
-# M, N, K, ..; block_m, block_k, row and k warpgroups. Of four CTAs in two clusters: blocks of their own, one or more
-# that are shared, some by a cluster that has none left; inputs whose second half is shorter.
-CLUSTERED = [
-    ((3, 700, 1152, 4, 128, False, "bfloat16", "float16"), (8, 256, 1, 4)),
-    ((16, 420, 4160, 3, None, False, "float16", "float16"), (16, 512, 1, 4)),
-    ((9, 640, 2944, 4, 128, True, "int8", "float16"), (16, 256, 2, 2)),
-    ((130, 1000, 1152, 4, 128, False, "int8", "bfloat16"), (128, 128, 2, 1)),
-    ((40, 90, 320, 8, None, False, "int8", "float32"), (64, 128, 1, 1)),
-]
-
-
-# of five CTAs by stream-K: blocks of their own, whole ones and pieces, blocks that most of them share, ragged inputs
-SHARED = [
-    ((3, 700, 1152, 4, 128, False, "bfloat16", "float16"), (8, 256, 1, 4)),
-    ((16, 64, 4160, 3, None, False, "float16", "float16"), (16, 512, 1, 4)),
-    ((9, 640, 2944, 4, 128, True, "int8", "float16"), (16, 256, 2, 2)),
-    ((300, 1000, 1152, 4, 128, False, "int8", "bfloat16"), (128, 128, 2, 1)),
-    ((300, 300, 1008, 8, None, False, "int8", "float32"), (256, 128, 2, 1)),
-    ((300, 200, 576, 4, None, False, "bfloat16", "float32"), (256, 64, 2, 1)),
-]
-DISTRIBUTED = [(*case, {"blocks": 4, "cluster": 2}) for case in CLUSTERED]
-DISTRIBUTED += [(*case, {"blocks": 5, "stream_k": True}) for case in SHARED]
-
-
-@pytest.mark.parametrize(("shape", "blocks", "how"), DISTRIBUTED)
-def test_blocks_shared_by_ctas_lower_for_cuda(
-    shape: tuple[Any, ...], blocks: tuple[int, int, int, int], how: dict[str, Any]
-) -> None:
-    arrays, static, _ = arguments(shape)
-    config = affine.Config(*blocks, stages=2, **how)
-
-    def run(arrays: dict[str, Any]) -> jax.Array:
-        return affine.affine_matmul(**arrays, **static, config=config)
-
-    assert "mosaic_gpu" in jax.jit(run).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("shape", "blocks", "how"), DISTRIBUTED)
-def test_blocks_shared_by_ctas_are_right(
-    shape: tuple[Any, ...], blocks: tuple[int, int, int, int], how: dict[str, Any]
-) -> None:
-    arrays, static, expected = arguments(shape)
-    config = affine.Config(*blocks, stages=2, **how)
-    run = jax.jit(lambda arrays: affine.affine_matmul(**arrays, **static, config=config))
-    for _ in range(3):  # what one call leaves in memory, the next one must not take for its own
-        assert np.linalg.norm(np.asarray(run(arrays)) - expected) <= 2e-5 * np.linalg.norm(expected)
-
-
-@pytest.mark.gpu
-def test_a_batch_of_products_shares_no_semaphores() -> None:
-    shape, blocks = SHARED[-1]
-    arrays, static, expected = arguments(shape)
-    config = affine.Config(*blocks, stages=2, blocks=5, stream_k=True)
-
-    def run(x: jax.Array) -> jax.Array:
-        return affine.affine_matmul(**(arrays | {"x": x}), **static, config=config)
-
-    got = np.asarray(jax.jit(jax.vmap(run))(jnp.stack([arrays["x"]] * 3)))
-    for each in got:
-        assert np.linalg.norm(each - expected) <= 2e-5 * np.linalg.norm(expected)
-
-
-def test_a_cluster_that_cannot_be_is_refused() -> None:
-    arrays, static, _ = arguments(CLUSTERED[0][0])
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"blocks": 3, "cluster": 2}, "3 blocks do not come in clusters of 2"),
-        ({"blocks": 8, "cluster": 4}, "expected 1, or 2 and an even number"),
-        ({"blocks": 4, "cluster": 2, "splits": 2}, "sums would be added in several ways"),
-        ({"blocks": 4, "splits": 2, "stream_k": True}, "sums would be added in several ways"),
-        ({"block_k": 2048, "blocks": 4, "cluster": 2}, "there is only one"),
-        ({"blocks": 99, "stream_k": True}, "99 CTAs for 55 stages; expected one for each at least"),
-    ]
-    for changes, reason in cases:
-        given: dict[str, Any] = {"block_m": 8, "block_k": 256, "row_warpgroups": 1, "k_warpgroups": 4} | changes
-        config = affine.Config(**given)
-        with pytest.raises(ValueError, match=reason):
-            affine.affine_matmul(**arrays, **static, config=config)
-
-
-def test_small_products_keep_exact_weights() -> None:
-    # making tokens float16 is a launch of its own, which a small product does not earn back
-    small = affine.Problem(128, 4096, 4096, 4, 128, False, "bfloat16", "float16")
-    large = dataclasses.replace(small, tokens=2048, outputs=28672, inputs=8192)
-    assert not affine.rounds_weights(small) and affine.rounds_weights(large)
 
 
 def test_slots_that_are_cut_are_refused() -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.affine_matmul import output_tiles
-from pallas_kernels.affine_matmul.output_tiles import TOKENS, line_address
+from pallas_kernels.affine_matmul.config import STORED_TOKENS as TOKENS
+from pallas_kernels.affine_matmul.output_tiles import line_address
 
 THREAD = np.arange(128)
 
