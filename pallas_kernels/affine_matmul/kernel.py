@@ -40,7 +40,7 @@ from pallas_kernels.affine_matmul.parts import add_parts, add_shares, leave_toge
 from pallas_kernels.affine_matmul.pieces import Pieces
 from pallas_kernels.affine_matmul.register_decode import byte_factor
 from pallas_kernels.affine_matmul.stream_k import add_rest, partials_shape
-from pallas_kernels.affine_matmul.warpgroup import Decoder, warpgroup_step
+from pallas_kernels.affine_matmul.warpgroup import Decoder, stage_steps
 
 Refs = dict[str, Any]
 
@@ -171,7 +171,7 @@ def _body(
         row_part = lax.div(warpgroup, jnp.int32(config.k_warpgroups))
         k_part = lax.rem(warpgroup, jnp.int32(config.k_warpgroups))
         factor = byte_factor(problem.bits, problem.has_zeros) if decoder is None else 1
-        multiply = warpgroup_step(problem, config, kind, decoder)
+        steps = stage_steps(problem, config, kind, decoder)
         dtypes = {name: jnp.dtype(ref.dtype).name for name, ref in refs.items()}
         scale = scale_block(problem, config, dtypes, factor)
         add_kept = kept_product(problem, config) if problem.kept_columns else None
@@ -190,26 +190,38 @@ def _body(
             first_row = (pieces.piece(index).row * config.row_warpgroups + row_part) * 64
             return (decoder.load(refs["tables"], first_row),)
 
-        def item(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            done, *state = carry
+        parts = [row_part, k_part]
+
+        def stage_at(slot: Any) -> list[Any]:
+            return [shared[name].at[slot] for name in names] + overflow
+
+        def arrived(slot: Any, is_there: Any = True) -> Any:
+            """Waits for a stage, and reads the beginning of it."""
+            pl.when(is_there)(lambda: plgpu.barrier_wait(shared["full"].at[slot]))
+            return steps.read_ahead(stage_at(slot), parts)
+
+        def item(index: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            place, *state = carry
             piece = pieces.piece(index)
             # early if registers are plenty, since they are kept for as long
             following = load_state(index + 1) if config.block_m <= 64 else ()
 
-            def step(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-                done, sums = carry
-                slot = lax.rem(done, jnp.int32(config.stages))
-                plgpu.barrier_wait(shared["full"].at[slot])
-                stage = [shared[name].at[slot] for name in names]
-                sums = multiply(stage + overflow, sums, row_part, k_part, *state)
+            def step(number: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+                (slot, *ahead), sums = carry
+                after = jnp.where(slot == config.stages - 1, 0, slot + 1)
+                first = ahead[0] if ahead else arrived(slot)
+                pending = steps.begin(stage_at(slot), first, sums, parts, *state)
+                if ahead:  # of the next stage of this piece or of the next; there is none behind the last
+                    ahead = [arrived(after, (number + 1 < piece.stages) | (index + 1 < mine))]
+                sums = steps.finish(pending)
                 plgpu.barrier_arrive(shared["empty"].at[slot])
-                return done + 1, sums
+                return (after, *ahead), sums
 
             if runs_on(problem):
-                done, sums = running_sums.sum_stages(problem, config, piece.segments, piece.stages, step, done)
+                place, sums = running_sums.sum_stages(problem, config, piece.segments, piece.stages, step, place)
             else:
                 zero = jnp.zeros((compat.THREADS * registers_of_sums(problem, config),), kind)
-                done, sums = lax.fori_loop(0, piece.stages, step, (done, zero))
+                place, (sums,) = lax.fori_loop(0, piece.stages, step, (place, (zero,)))
             if config.block_m > 64:
                 following = load_state(index + 1)
             first_row = (piece.row * config.row_warpgroups + row_part) * 64
@@ -230,9 +242,12 @@ def _body(
                 whose = (rank, row_part, piece.is_shared, index - pieces.rounds.own)
                 finish = functools.partial(add_shares, config, shared, whose)
             add_parts(config, shared, index, row_part, k_part, sums, lambda total: finish(total, write))
-            return done, *following
+            return place, *following
 
-        lax.fori_loop(0, mine, item, (jnp.int32(0), *load_state(jnp.int32(0))))
+        # Running sums are scaled before the next products: what else these need is read while the last ones run. Others
+        # would gain nothing, and lose the time in which CTAs ask for the same tokens, which the cache then reads once.
+        ahead = [arrived(0, mine > 0)] if runs_on(problem) else []
+        lax.fori_loop(0, mine, item, ((jnp.int32(0), *ahead), *load_state(jnp.int32(0))))
         if "tiles" in shared:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

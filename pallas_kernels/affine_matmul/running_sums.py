@@ -30,12 +30,13 @@ from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops
 from pallas_kernels.affine_matmul.config import SEGMENT, Config, Problem
 from pallas_kernels.affine_matmul.register_decode import byte_factor
-from pallas_kernels.compat import Value, arith, constant
+from pallas_kernels.compat import Value, arith
 
 _LARGEST_TOKEN = 128  # -128 is an int8
 _DENORMAL = 2.0**-149  # float32 whose bits are 1
 _UNIT = 2.0**100
-_AHEAD = 2  # tiles whose words are read before they are decoded, and that are decoded before a group is waited for
+AHEAD = 2  # tiles whose words are read before they are decoded
+IN_FLIGHT = 2  # tiles that are decoded before the products before are waited for
 
 State = tuple[Any, Any, Any]  # float32 totals, int32 running sums, the scales of rows r0 and r1 that they wait for
 
@@ -43,9 +44,9 @@ State = tuple[Any, Any, Any]  # float32 totals, int32 running sums, the scales o
 class Reader(Protocol):
     """A stage as one thread reads it; see `warpgroup`."""
 
-    def read(self, tile: int) -> tuple[list[Value], list[Value]]: ...
+    def read(self, tile: int) -> None: ...
     def grid(self, run: int) -> Any: ...
-    def fragments(self, tile: int, words: list[Value], fetched: list[Value], grid: Any) -> list[list[Value]]: ...
+    def fragments(self, tile: int, grid: Any) -> list[list[Value]]: ...
     def multiply(self, sums: list[Value] | None, fragments: list[list[Value]], tile: int) -> list[Value]: ...
 
 
@@ -75,77 +76,97 @@ def segments(config: Config, stages: Any) -> Any:
     return lax.div(stages + most - 1, most) if isinstance(stages, jax.Array) else -(-stages // most)
 
 
-def state_layouts(config: Config) -> State:
-    """The argument types of a state, for `inline_mgpu`."""
-    sums = compat.registers_layout(config.block_m // 2)
-    return sums, sums, compat.registers_layout(2)
-
-
-def state_types(config: Config) -> State:
-    """The return types of a state."""
+def state_sizes(config: Config) -> tuple[tuple[int, Any], ...]:
+    """Registers of a thread, and their type, of each array of a state."""
     count = config.block_m // 2
-    return (
-        compat.registers_type(count, jnp.float32),
-        compat.registers_type(count, jnp.int32),
-        compat.registers_type(2, jnp.float32),
-    )
+    return (count, jnp.float32), (count, jnp.int32), (2, jnp.float32)
+
+
+def _layouts(config: Config) -> State:
+    """The argument types of a state, for `inline_mgpu`."""
+    sums, _, scales = (compat.registers_layout(count) for count, _ in state_sizes(config))
+    return sums, sums, scales
+
+
+def _types(config: Config) -> State:
+    """The return types of a state."""
+    total, sums, scales = (compat.registers_type(count, dtype) for count, dtype in state_sizes(config))
+    return total, sums, scales
 
 
 def sum_stages(
-    problem: Problem, config: Config, turns: Any, stages: Any, step: Callable[..., Any], done: Any
+    problem: Problem, config: Config, turns: Any, stages: Any, step: Callable[..., Any], place: Any
 ) -> tuple[Any, Any]:
-    """(done, sum_k W[n, k] x[m, k] in float32) after `stages` stages in `turns` segments, each stage by
-    step(_, (done, state)). done: what `step` counts with."""
+    """(place, sum_k W[n, k] x[m, k] in float32) after `stages` stages in `turns` segments, each stage by
+    step(number of the stage, (place, state)). place: where `step` is."""
     most = stages_of_a_segment(config)
 
     def segment(index: Any, carry: tuple[Any, State]) -> tuple[Any, State]:
-        done, state = carry
-        return lax.fori_loop(0, jnp.minimum(most, stages - index * most), step, (done, restart(problem, config, state)))
+        place, state = carry
+        first = index * most
+        last = jnp.minimum(first + most, stages)
+        return lax.fori_loop(first, last, step, (place, restart(problem, config, state)))
 
     sums = jnp.zeros((compat.THREADS * (config.block_m // 2),), jnp.int32)
     empty = sums.astype(jnp.float32), sums, jnp.zeros((compat.THREADS * 2,), jnp.float32)
-    done, state = lax.fori_loop(0, turns, segment, (done, empty))
-    return done, finish(config, state)
+    place, state = lax.fori_loop(0, turns, segment, (place, empty))
+    return place, finish(config, state)
 
 
-def multiply_stage(problem: Problem, config: Config, reader: Reader, state: State) -> State:
-    """The state after the products of a stage, which are finished."""
-    total, sums, before = (compat.registers_of(array) for array in state)
+def begin_stage(
+    problem: Problem,
+    config: Config,
+    reader: Reader,
+    total: list[Value],
+    sums: list[Value],
+    before: list[Value],
+) -> tuple[list[Value], list[Value], list[Value], list[Value]]:
+    """A state in registers after the products of a stage, the last of which are unfinished, and their operands."""
     own_inputs = config.block_k // config.k_warpgroups
     run = min(problem.group_size or own_inputs, own_inputs) // 64  # tiles that share a scale
     tiles = own_inputs // 64
-    words = [reader.read(tile) for tile in range(min(_AHEAD, tiles))]
+    for tile in range(min(AHEAD, tiles)):
+        reader.read(tile)
 
     def decoded(tile: int, grid: Any) -> list[list[Value]]:
-        if tile + _AHEAD < tiles:
-            words.append(reader.read(tile + _AHEAD))
-        return reader.fragments(tile, *words[tile], grid)
+        if tile + AHEAD < tiles:
+            reader.read(tile + AHEAD)
+        return reader.fragments(tile, grid)
 
+    fragments: list[list[list[Value]]] = []
     for first in range(0, tiles, run):
         grid = reader.grid(first // run)
-        fragments = [decoded(tile, grid) for tile in range(first, first + min(_AHEAD, run))]
+        fragments = [decoded(tile, grid) for tile in range(first, first + min(IN_FLIGHT, run))]
         if first > 0:
             sums = ops.wait_for_products(sums, 0)
         changes = [arith.subf(old, new) for old, new in zip(before, grid.scales, strict=True)]
         total, before = _add(total, sums, changes), grid.scales
         for place in range(run):
-            if place >= _AHEAD:
+            if place >= IN_FLIGHT:
                 ops.wait_for_earlier(1)  # the registers of the operand before are free
                 fragments.append(decoded(first + place, grid))
             sums = reader.multiply(sums, fragments[place], first + place)
-    sums = ops.wait_for_products(sums, 0)
-    return compat.array_of(total), compat.array_of(sums), compat.array_of(before)
+    operands = [register for tile in fragments[-IN_FLIGHT:] for fragment in tile for register in fragment]
+    return total, sums, before, operands
+
+
+def finish_stage(
+    total: list[Value], sums: list[Value], before: list[Value], operands: list[Value]
+) -> tuple[list[Value], list[Value], list[Value]]:
+    """The state once the products of the stage are finished."""
+    return total, ops.wait_for_products(sums, 0, operands), before
 
 
 def restart(problem: Problem, config: Config, state: State) -> State:
     """Adds what running sums stand for to the totals, and sets them to their start."""
     start = first_sum(problem.bits, problem.has_zeros)
 
-    @plgpu.inline_mgpu(arg_types=state_layouts(config), return_type=state_types(config))
+    @plgpu.inline_mgpu(arg_types=_layouts(config), return_type=_types(config))
     def run(_: Any, *state: Any) -> State:
         total, sums, scales = (compat.registers_of(array) for array in state)
         total = _add(total, sums, scales)
-        starts, zeros = [constant(start)] * len(sums), [ops.float_constant(0.0)] * 2
+        floats = [ops.replaced(arith.bitcast(compat.f32(), value), start * _DENORMAL) for value in sums]
+        starts, zeros = [arith.bitcast(compat.i32(), value) for value in floats], [ops.float_constant(0.0)] * 2
         return compat.array_of(total), compat.array_of(starts), compat.array_of(zeros)
 
     return run(*state)
@@ -154,7 +175,7 @@ def restart(problem: Problem, config: Config, state: State) -> State:
 def finish(config: Config, state: State) -> jax.Array:
     """sum_k W[n, k] x[m, k] in float32."""
 
-    @plgpu.inline_mgpu(arg_types=state_layouts(config), return_type=state_types(config)[0])
+    @plgpu.inline_mgpu(arg_types=_layouts(config), return_type=_types(config)[0])
     def run(_: Any, *state: Any) -> Any:
         total = _add(*(compat.registers_of(array) for array in state))
         back = ops.float_constant(1.0 / (_UNIT * _DENORMAL))

@@ -6,6 +6,7 @@ loops included, with each instruction replaced by its definition. The tensor cor
 
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,19 @@ class Instructions:
         self.products = products
         self.seen = [2**24, 0]  # smallest and largest sum
 
-    def multiply_tile(self, sums: Any, fragments: int) -> list[np.ndarray]:
-        result = [old + self.products[i, fragments] for i, old in enumerate(sums)]
+    def multiply_tile(self, sums: Any, tile: int) -> list[np.ndarray]:
+        result = [old + self.products[i, tile] for i, old in enumerate(sums)]
         self.seen = [min(self.seen[0], np.min(result)), max(self.seen[1], np.max(result))]
         return result
 
-    def wait_for_products(self, sums: list[np.ndarray], in_flight: int) -> list[np.ndarray]:
+    def wait_for_products(
+        self, sums: list[np.ndarray], in_flight: int, operands: Sequence[int] = ()
+    ) -> list[np.ndarray]:
         return sums
+
+    def replaced(self, register: np.ndarray, value: float) -> np.ndarray:
+        assert np.all(np.isfinite(register))
+        return np.full_like(register, value)
 
     def wait_for_earlier(self, in_flight: int) -> None:
         pass
@@ -68,21 +75,23 @@ class Stage:
         self.instructions, self.first, self.scales, self.size = instructions, first, scales, problem.group_size or 0
         self.run_inputs = min(self.size, config.block_k)
         self.factor = np.float32(running_sums.scale_factor(problem.bits, problem.has_zeros))
+        self.read_tiles: set[int] = set()
 
-    def read(self, tile: int) -> tuple[list[Any], list[Any]]:
-        return [], []
+    def read(self, tile: int) -> None:
+        self.read_tiles.add(tile)
 
     def grid(self, run: int) -> Any:
         group = (self.first * 64 + run * self.run_inputs) // self.size
         found = self.scales[:, group] if group < self.scales.shape[1] else np.zeros((2, OUTPUTS), np.float32)
         return types.SimpleNamespace(scales=list(found * self.factor))
 
-    def fragments(self, tile: int, words: Any, fetched: Any, grid: Any) -> int:
-        return self.first + tile
+    def fragments(self, tile: int, grid: Any) -> list[list[int]]:
+        assert tile in self.read_tiles
+        return [[self.first + tile]]
 
-    def multiply(self, sums: Any, fragments: int, tile: int) -> list[np.ndarray]:
-        assert fragments == self.first + tile
-        return self.instructions.multiply_tile(sums, fragments)
+    def multiply(self, sums: Any, fragments: list[list[int]], tile: int) -> list[np.ndarray]:
+        assert fragments == [[self.first + tile]]
+        return self.instructions.multiply_tile(sums, self.first + tile)
 
 
 def fori_loop(first: int, last: Any, body: Any, carry: Any) -> Any:
@@ -109,6 +118,7 @@ def product(
         registers_layout=lambda count: None,
         registers_type=lambda count, dtype: None,
         f32=lambda: np.float32,
+        i32=lambda: np.int32,
     )
     empty = types.SimpleNamespace(
         int32=np.int32,
@@ -117,7 +127,8 @@ def product(
         zeros=lambda shape, kind: np.zeros((shape[0] // OUTPUTS, OUTPUTS), kind),
     )
     arithmetic = types.SimpleNamespace(
-        subf=lambda a, b: np.subtract(a, b, dtype=np.float32), bitcast=lambda _, bits: as_float(bits)
+        subf=lambda a, b: np.subtract(a, b, dtype=np.float32),
+        bitcast=lambda kind, bits: as_float(bits) if kind is np.float32 else bits.view(np.int32).astype(np.int64),
     )
     inline = types.SimpleNamespace(inline_mgpu=lambda **_: lambda body: functools.partial(body, None))
     for name, value in {
@@ -126,15 +137,16 @@ def product(
         "jnp": empty,
         "arith": arithmetic,
         "plgpu": inline,
-        "constant": lambda value: np.full(OUTPUTS, value, np.int64),
         "lax": types.SimpleNamespace(fori_loop=fori_loop),
     }.items():
         monkeypatch.setattr(running_sums, name, value)
 
-    def step(_: int, carry: Any) -> Any:
+    def step(number: int, carry: Any) -> Any:
         done, state = carry
+        assert number == done
         stage = Stage(instructions, problem, config, done * config.block_k // 64, scales)
-        return done + 1, running_sums.multiply_stage(problem, config, stage, state)  # pyright: ignore[reportArgumentType]
+        pending = running_sums.begin_stage(problem, config, stage, *state)  # pyright: ignore[reportArgumentType]
+        return done + 1, running_sums.finish_stage(*pending)
 
     turns = running_sums.segments(config, steps)
     done, sums = running_sums.sum_stages(problem, config, turns, steps, step, 0)
