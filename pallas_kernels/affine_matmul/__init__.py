@@ -5,6 +5,7 @@
     16-bit x:   y[m, n] = sum_k x[m, k] * W[n, k]  (* x_scales[m])       float32 sums, weights exact
     8-bit x:    y[m, n] = x_scales[m] * sum_k x[m, k] * W[n, k] + x_offsets[m] * row_sums[n],
                 row_sums[n] = sum_k W[n, k]; sums of codes are exact, and scaled in float32
+                of one token, the kernel itself can make x and x_scales
 
     kept columns, inputs and weights of 16 bits apart from those, are added to either before y is rounded:
                 y[m, n] += sum_c kept_x[m, c] * kept_W[n, c]
@@ -20,6 +21,7 @@ them: by up to 2**-8 in bfloat16, 2**-11 in float16, for which few scales are to
 `affine_matmul` is the product, `supported` says whether a shape has it, `choose` which configuration it gets.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -33,7 +35,14 @@ from pallas_kernels.affine_matmul.config import (
     supported_config as supported_config,
 )
 from pallas_kernels.affine_matmul.half_range import entries_fit_half as entries_fit_half, fits_half as fits_half
-from pallas_kernels.affine_matmul.launch import Kept as Kept, check_entries, check_kept, check_tokens, launch
+from pallas_kernels.affine_matmul.launch import (
+    Kept as Kept,
+    check_entries,
+    check_kept,
+    check_own_token,
+    check_tokens,
+    launch,
+)
 from pallas_kernels.fragments import fragments_shape
 from pallas_kernels.sparse_matmul import EntryTiles
 
@@ -52,6 +61,7 @@ def affine_matmul(
     row_sums: jax.Array | None = None,
     entries: EntryTiles | None = None,
     kept: Kept | None = None,
+    quantize: int | None = None,
     out_dtype: Any = None,
     config: Config | None = None,
 ) -> jax.Array:
@@ -62,7 +72,9 @@ def affine_matmul(
     None. With 8-bit x, zeros are at most 2**bits and scales of groups below 2**27. x_offsets [M] or [M, 1] and row_sums
     [N] float32 go with 8-bit x, x_scales [M] or [M, 1] float32 with any. entries, with 16-bit x: sparse entries added
     to W, each divided by the scale of its place, of the type of x. kept: inputs [M, k] of kept columns and their
-    weights, from `pallas_kernels.kept_columns`, of the same type; x_scales are not theirs. Rows of `scales` and `zeros`
+    weights, from `pallas_kernels.kept_columns`, of the same type; x_scales are not theirs. quantize: the kernel itself
+    makes 8-bit x of one 16-bit token, symmetric codes of so many bits and their scale, and nothing else goes with the
+    token; those of `pallas_kernels.activation_quantize`, without a launch of its own. Rows of `scales` and `zeros`
     of groups that are no multiple of 64 long are padded here, a copy: pad them once beforehand.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
@@ -75,6 +87,8 @@ def affine_matmul(
     words_each, columns = check_entries(entries, outputs, x), check_kept(kept, tokens, outputs)
     kinds = x.dtype.name, scales.dtype.name
     problem = Problem(tokens, outputs, inputs, bits, group_size, zeros is not None, *kinds, words_each, **columns)
+    if quantize is not None:
+        problem = dataclasses.replace(problem, **check_own_token(x, x_scales, x_offsets, quantize))
     if reason := supported(problem):
         raise ValueError(f"no affine kernel: {reason}")
     config = choose(problem) if config is None else config

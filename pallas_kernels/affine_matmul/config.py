@@ -19,6 +19,9 @@ _OTHER_REGISTERS = 72  # words, fragments of two tiles, addresses
 _FEWEST_REGISTERS = 38  # with which blocks of 192 tokens do, and nothing spills
 MOST_WARPGROUPS = 5
 STORED_TOKENS = 16  # of a tile in which outputs leave: four matrices a warp
+_ALIGNMENT = 1024  # of what lies in shared memory
+LARGEST_OWN_TOKEN = 32768  # inputs: a thread of 128 keeps as many registers as it can
+BEHIND_TOKEN = 128  # bytes, which the tensor core reads, for columns that are none
 SEGMENT = 512  # inputs of a warpgroup after which running sums start anew
 
 ScaleWhere = Literal["sum", "operand"]
@@ -74,7 +77,9 @@ class Problem:
     words of sparse entries a block of 64 x 128 weights, 0 if there are none; pieces: rows of x that are the only token
     in parts, whose scaled products are added, or 1: every row is a token; planes: 8-bit operands of a weight, each with
     sums of its own, of which the second stand for 256 times as much; kept_columns: inputs apart from those, multiplied
-    by weights of kept_dtype, 16 bits, as they are."""
+    by weights of kept_dtype, 16 bits, as they are; token_dtype: the type of the only token, of which the kernel itself
+    makes x (`pallas_kernels.affine_matmul.own_token`), "" if x comes as it is multiplied; token_bits: of its codes, if
+    it is not in pieces."""
 
     tokens: int
     outputs: int
@@ -89,6 +94,8 @@ class Problem:
     planes: int = 1
     kept_columns: int = 0
     kept_dtype: str = "bfloat16"
+    token_dtype: str = ""
+    token_bits: int = 8
 
     @property
     def x_bytes(self) -> int:
@@ -118,7 +125,11 @@ def registers_of_sums(problem: Problem, config: Config) -> int:
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a CTA, without its barriers."""
     words = config.rows * config.block_k * problem.bits // 8
-    stage = words + config.block_m * config.block_k * problem.x_bytes
+    stage, token = words, 0
+    if problem.token_dtype:
+        token = -(-token_bytes(problem, config) // _ALIGNMENT) * _ALIGNMENT
+    else:
+        stage += config.block_m * config.block_k * problem.x_bytes
     if problem.group_size is not None:
         scale = 4 if problem.scale_dtype == "float32" else 2
         stage += _groups(problem, config) * config.rows * (scale + problem.has_zeros)
@@ -126,7 +137,13 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     others = config.k_warpgroups - 1 + config.cluster - 1  # whose sums are handed over
     kept = kept_places(problem, config) * (config.rows + config.block_m) * 128
     tiles = 2 * STORED_TOKENS * config.rows * 2 if writes_tiles(problem, config) else 0  # two places, of 16 bits
-    return config.stages * stage + others * config.rows * config.block_m * problem.planes * 4 + kept + tiles
+    return config.stages * stage + others * config.rows * config.block_m * problem.planes * 4 + kept + tiles + token
+
+
+def token_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of the codes of a token that the kernel makes itself, for all stages, and of what goes with it."""
+    steps = config.splits * -(-problem.inputs // (config.block_k * config.splits))
+    return steps * config.block_k * problem.pieces + BEHIND_TOKEN
 
 
 def kept_places(problem: Problem, config: Config) -> int:
@@ -185,6 +202,8 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return f"{config.warpgroups} warpgroups that compute; expected at most {MOST_WARPGROUPS - 1}"
     if accumulators(problem, config) + _FEWEST_REGISTERS > config.registers()[1]:
         return f"block_m={config.block_m} needs {accumulators(problem, config)} registers for sums; too many"
+    if problem.token_dtype and config.block_m != 8:
+        return f"block_m={config.block_m}; expected 8, the token and the columns that are none"
     needed = shared_bytes(problem, config)
     if needed > SHARED_MEMORY - _BARRIERS:
         return f"{needed} bytes of shared memory; expected at most {SHARED_MEMORY - _BARRIERS}"
@@ -243,10 +262,30 @@ def no_kept_columns(problem: Problem) -> str | None:
     return None
 
 
+def no_own_token(problem: Problem) -> str | None:
+    """None, or the reason why the kernel cannot make the 8-bit x of `problem` of a 16-bit token itself."""
+    if not problem.token_dtype:
+        return None
+    if problem.token_dtype not in ("bfloat16", "float16"):
+        return f"a token to quantize is {problem.token_dtype}; expected bfloat16 or float16"
+    if problem.x_dtype != "int8" or problem.pieces not in (1, 3) or not 2 <= problem.token_bits <= 8:
+        return (
+            f"a token becomes {problem.pieces} rows of {problem.x_dtype}, {problem.token_bits} bits; expected int8 of "
+            "2 to 8 bits, or three pieces"
+        )
+    if problem.tokens != 1:
+        return f"{problem.tokens} tokens; the kernel quantizes one"
+    if problem.inputs % 16 or problem.inputs > LARGEST_OWN_TOKEN:
+        return f"K={problem.inputs} is not a multiple of 16 up to {LARGEST_OWN_TOKEN}, a token in registers"
+    if problem.kept_columns or problem.entry_words:
+        return "the kernel quantizes a whole token, with nothing kept and no entries beside it"
+    return None
+
+
 def supported(problem: Problem) -> str | None:
     """None, or the reason why no configuration computes `problem`."""
     group = problem.group_size
-    if reason := no_entries(problem) or no_kept_columns(problem):
+    if reason := no_entries(problem) or no_kept_columns(problem) or no_own_token(problem):
         return reason
     if problem.bits not in (2, 3, 4, 8):
         return f"bits={problem.bits} has no kernel; expected 2, 3, 4 or 8"

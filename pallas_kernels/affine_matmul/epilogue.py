@@ -31,9 +31,11 @@ def row_of(thread: Value) -> Value:
 def scale_block(problem: Problem, config: Config, dtypes: dict[str, str], factor: int) -> Callable[..., jax.Array]:
     """The function (refs, first token, first row, sums) -> y, a block [64, block_m] in float32.
 
-    dtypes: of the arrays there are; factor: how many times the weight an 8-bit operand is. Of a token in pieces the
-    columns are the products of these, and only the first four registers are left.
+    dtypes: of the arrays there are, refs those of the same names; factor: how many times the weight an 8-bit operand
+    is. Of a token in pieces the columns are the products of these, and only the first four registers are left.
     """
+    if problem.token_dtype:
+        dtypes = dtypes | {"x_scales": "float32"}
     epilogue = {name: dtypes[name] for name in ("row_scales", "x_scales", "x_offsets", "row_sums") if name in dtypes}
     count, values = registers_of_sums(problem, config), _values(problem, config)
 
@@ -42,7 +44,7 @@ def scale_block(problem: Problem, config: Config, dtypes: dict[str, str], factor
         return_type=compat.registers_type(values, jnp.float32),
     )
     def scale(_: Any, arrays: list[Value], places: list[Any], sums: Any) -> Any:
-        bases = dict(zip(epilogue, (ops.global_address(ref) for ref in arrays), strict=True))
+        bases = {name: _address(problem, name, ref) for name, ref in zip(epilogue, arrays, strict=True)}
         row0, token0 = _first(*(compat.scalar_of(place) for place in places))
         floats = _added(problem, compat.registers_of(sums))[:values]
         return compat.array_of(_scaled(problem, bases, epilogue, row0, token0, floats, factor))
@@ -68,6 +70,12 @@ def store_block(problem: Problem, config: Config, dtype: Any) -> Callable[..., N
         store(out, [first_token, first_row, split], block)  # pyright: ignore[reportCallIssue]
 
     return run
+
+
+def _address(problem: Problem, name: str, ref: Value) -> Value:
+    """The scales of a token that the kernel quantized lie in shared memory, one a column."""
+    own = problem.token_dtype and name == "x_scales"
+    return ops.shared_address(ref) if own else ops.global_address(ref)
 
 
 def _values(problem: Problem, config: Config) -> int:
@@ -110,11 +118,15 @@ def _scaled(
             return None
         return [ops.load_float(bases[name], arith.minui(row, last_row), dtypes[name]) for row in rows]
 
-    of_tokens = {name: ops.address_of_float(bases[name], token0) for name in ("x_scales", "x_offsets") if name in bases}
+    names = () if problem.token_dtype else ("x_scales", "x_offsets")
+    of_tokens = {name: ops.address_of_float(bases[name], token0) for name in names if name in bases}
 
     def of_token(name: str, ahead: int) -> Value | None:
         if name not in bases:
             return None
+        if problem.token_dtype:
+            address = arith.addi(bases[name], arith.muli(arith.addi(token0, constant(ahead)), constant(4)))
+            return ops.load_narrow("shared", address, "float32")
         return ops.load_ahead(of_tokens[name], token0, ahead, problem.tokens * problem.pieces)
 
     row_scales, row_sums = of_rows("row_scales"), of_rows("row_sums")

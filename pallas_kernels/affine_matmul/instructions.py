@@ -5,7 +5,7 @@ of three bits, so masking a nibble and putting an exponent over it is one instru
 
 `multiply_tile` issues the tensor-core instructions of one 64 x 64 tile of weights, without waiting for them:
 
-    D [64, n] (+)= A [64, 64] B [64, n]     A in registers, B in shared memory, K-major, 128-byte swizzle
+    D [64, n] (+)= A [64, 64] B [64, n]     A in registers, B in shared memory, K-major, 128-byte swizzle or none
 
     16-bit: 4 x m64 n k16, D float32        8-bit: 2 x m64 n k32, D int32
 
@@ -97,6 +97,10 @@ def multiply(a: Value, b: Value) -> Value:
     return compat.arith.mulf(a, b)
 
 
+def add(a: Value, b: Value) -> Value:
+    return compat.arith.addf(a, b)
+
+
 def float_constant(value: float) -> Value:
     return compat.arith.constant(compat.f32(), compat.ir.FloatAttr.get(compat.f32(), value))
 
@@ -127,6 +131,84 @@ def load_shared(base: Value, offset: Value, count: int) -> list[Value]:
     else:
         text = f"ld.shared.v{count}.b32 {{{', '.join(f'${i}' for i in range(count))}}}, [${count}];"
     return compat.inline_assembly(kinds, [address], text, ",".join(["=r"] * count + ["r"]), False)
+
+
+def store_shared(address: Value, offset: int, word: Value) -> None:
+    """A word to shared memory, `offset` bytes from an address."""
+    compat.inline_assembly([], [address, word], f"st.shared.b32 [$0 + {offset}], $1;", "r,r", False)
+
+
+def store_chunk(address: Value, offset: int, words: list[Value], index: Value, count: int | None) -> None:
+    """Four words to 16 bytes of shared memory, `offset` bytes from an address; only if index < count, where there is a
+    count."""
+    text = f"st.shared.v4.b32 [$0 + {offset}], {{$1, $2, $3, $4}};"
+    if count is not None:
+        text = f"{{ .reg .pred inside; setp.lt.u32 inside, $5, {count}; @inside {text} }}"
+    compat.inline_assembly([], [address, *words, index], text, "r,r,r,r,r,r", False)
+
+
+def fence_copies() -> None:
+    """What this thread wrote to shared memory before, the tensor core sees once a barrier is passed."""
+    compat.inline_assembly([], [], "fence.proxy.async.shared::cta;", "", False)
+
+
+def wait_for_threads(count: int) -> None:
+    """Waits until so many threads of the CTA have come here. Mosaic has the barriers of lower numbers."""
+    compat.inline_assembly([], [], f"bar.sync 15, {count};", "", False)
+
+
+def largest_of_warp(value: Value) -> Value:
+    """The largest of an unsigned register of all threads of a warp."""
+    text = "redux.sync.max.u32 $0, $1, 0xffffffff;"
+    return compat.inline_assembly([compat.i32()], [value], text, "=r,r", False)[0]
+
+
+def larger_halves(a: Value, b: Value) -> Value:
+    """The larger of two unsigned numbers of 16 bits, twice."""
+    return compat.inline_assembly([compat.i32()], [a, b], "max.u16x2 $0, $1, $2;", "=r,r,r", True)[0]
+
+
+def permute(a: Value, b: Value, selector: int) -> Value:
+    """Four of the bytes of b and a, which are numbered from the lowest of a; a digit of the selector each."""
+    return compat.inline_assembly([compat.i32()], [a, b], f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", True)[0]
+
+
+def where_below(value: Value, bound: int, below: Value, other: Value) -> Value:
+    """below if an unsigned register is less than `bound`, else other."""
+    text = f"{{ .reg .pred p; setp.lt.u32 p, $1, {bound}; selp.b32 $0, $2, $3, p; }}"
+    return compat.inline_assembly([compat.i32()], [value, below, other], text, "=r,r,r,r", True)[0]
+
+
+def half_to_float(value: Value) -> Value:
+    """The float16 in the lower half of a register, as float32."""
+    text = "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low; }"
+    return compat.inline_assembly([compat.f32()], [value], text, "=f,r", True)[0]
+
+
+def divide(value: Value, divisor: float) -> Value:
+    """value / divisor, correctly rounded."""
+    text = "div.rn.f32 $0, $1, $2;"
+    return compat.inline_assembly([compat.f32()], [value, float_constant(divisor)], text, "=f,f,f", True)[0]
+
+
+def reciprocal(value: Value) -> Value:
+    """1 / value, correctly rounded."""
+    return compat.inline_assembly([compat.f32()], [value], "rcp.rn.f32 $0, $1;", "=f,f", True)[0]
+
+
+def truncate(value: Value) -> Value:
+    """The integer part of a float32."""
+    return compat.inline_assembly([compat.i32()], [value], "cvt.rzi.s32.f32 $0, $1;", "=r,f", True)[0]
+
+
+def as_float(word: Value) -> Value:
+    """The float32 of these bits."""
+    return compat.arith.bitcast(compat.f32(), word)
+
+
+def as_word(value: Value) -> Value:
+    """The bits of a float32."""
+    return compat.arith.bitcast(compat.i32(), value)
 
 
 def store_matrices(address: Value, matrices: list[Value]) -> None:
@@ -228,6 +310,28 @@ def global_address(ref: Value) -> Value:
     return compat.llvm.ptrtoint(_i64(), compat.pointer(ref))
 
 
+def address_of_chunk(base: Value, index: Value, size: int) -> Value:
+    """The address of the chunk number `index`, of `size` bytes each, as a 64-bit register."""
+    text = f"mad.wide.u32 $0, $2, {size}, $1;"
+    return compat.inline_assembly([_i64()], [base, index], text, "=l,l,r", True)[0]
+
+
+def load_constants(address: Value, offset: int, index: Value, count: int | None) -> list[Value]:
+    """32 bytes of global memory that nobody writes, `offset` bytes from an address, as eight words. Zeros unless
+    index < count, where there is a count.
+
+    Not pure: many of these stay in a row, before anything that waits for one of them."""
+    inside = "" if count is None else "@inside "
+    lines = ["{ .reg .pred inside;"]
+    if count is not None:
+        lines += [f"setp.lt.u32 inside, $9, {count};", *(f"mov.b32 ${i}, 0;" for i in range(8))]
+    for i in (0, 4):
+        words = ", ".join(f"${i + j}" for j in range(4))
+        lines.append(f"{inside}ld.global.nc.v4.b32 {{{words}}}, [$8 + {offset + 4 * i}];")
+    constraints = ",".join(["=&r"] * 8 + ["l", "r"])
+    return compat.inline_assembly([compat.i32()] * 8, [address, index], "\n".join([*lines, "}"]), constraints, False)
+
+
 def load_float(base: Value, index: Value, dtype: str = "float32") -> Value:
     """Entry `index` of an array of floats in global memory, as a float32 register."""
     load, size = {
@@ -288,12 +392,29 @@ def columns_descriptor(address: Value, group_stride: int) -> Value:
     return compat.inline_assembly([_i64()], [address], text, "=l,r", True)[0]
 
 
+def rows_descriptor(address: Value, rows: int) -> Value:
+    """What tells `wgmma` where B lies, eight columns of it: core matrices of eight rows of 16 bytes, without swizzle,
+    each `rows` of these rows after the one before along K; the columns from `rows` on belong to those that follow.
+
+    Bits 0-13 address / 16, 16-29 what lies between core matrices along K / 16; 32-45, along N, is of no effect.
+    """
+    text = f"{{ .reg .b32 low; bfe.u32 low, $1, 4, 14; or.b32 low, low, {rows << 16}; mov.b64 $0, {{low, {rows}}}; }}"
+    return compat.inline_assembly([_i64()], [address], text, "=l,r", True)[0]
+
+
 def multiply_tile(
-    accumulator: list[Value] | None, fragments: list[list[Value]], descriptor: Value, offset: int, n: int, kind: Operand
+    accumulator: list[Value] | None,
+    fragments: list[list[Value]],
+    descriptor: Value,
+    offset: int,
+    n: int,
+    kind: Operand,
+    step_bytes: int = 32,
 ) -> list[Value]:
     """Issues D (+)= A B for one tile; see the module. None starts from zero. Returns registers that are not ready.
 
-    fragments: four registers for every instruction; offset: bytes from the descriptor's address to the tile's columns.
+    fragments: four registers for every instruction; offset: bytes from the descriptor's address to the tile's columns,
+    step_bytes: from the columns of an instruction to those of the next.
     Nothing may touch what is returned before `wait_for_products`, except another `multiply_tile`.
     """
     count = n // 2
@@ -314,7 +435,7 @@ def multiply_tile(
     ]
     for step in range(len(fragments)):
         a = "{" + ", ".join(f"${place + 4 * step + i}" for i in range(4)) + "}"
-        lines.append(f"add.s64 columns, ${place + len(inputs)}, {(offset >> 4) + 2 * step};")
+        lines.append(f"add.s64 columns, ${place + len(inputs)}, {(offset + step_bytes * step) >> 4};")
         lines.append(f"{instruction} {sums}, {a}, columns, {'rest' if step else 'first'}{tail};")
     lines.append("wgmma.commit_group.sync.aligned; }")
     constraints = [f"=&{letter}" if accumulator is None else f"={letter}"] * count

@@ -12,7 +12,8 @@ Shared memory of a stage: words [row warpgroups, block_k / 64, bits, 128] uint32
 128 bytes with the 128-byte swizzle; scales, zeros [groups, 64 * row warpgroups]. Sums of warpgroups that share outputs,
 in one CTA or in the CTAs of a cluster, meet in shared memory (`pallas_kernels.affine_matmul.parts`), those of stream-K
 in global memory (`pallas_kernels.affine_matmul.stream_k`); those of `splits` leave the kernel as [splits, M, N]. Many
-tokens leave through shared memory, too (`pallas_kernels.affine_matmul.output_tiles`).
+tokens leave through shared memory, too (`pallas_kernels.affine_matmul.output_tiles`). One token may come as it is, and
+its codes are made here, in shared memory of their own for all stages (`pallas_kernels.affine_matmul.own_token`).
 
 Sparse entries, if there are any, come as [row warpgroups, block_k / 128, words] uint32 a stage and are added to the
 decoded weights (`pallas_kernels.sparse_matmul.tiles`); what overflowed stays in global memory. Kept columns, which have
@@ -36,6 +37,7 @@ from pallas_kernels.affine_matmul.config import Config, Problem, registers_of_su
 from pallas_kernels.affine_matmul.epilogue import scale_block, store_block
 from pallas_kernels.affine_matmul.kept_product import copy_kept, kept_product, kept_scratch, offer_places
 from pallas_kernels.affine_matmul.output_tiles import store_tiles, tiles_scratch
+from pallas_kernels.affine_matmul.own_token import make_token, token_scales, token_scratch
 from pallas_kernels.affine_matmul.parts import add_parts, add_shares, leave_together, parts_scratch
 from pallas_kernels.affine_matmul.pieces import Pieces
 from pallas_kernels.affine_matmul.register_decode import byte_factor
@@ -51,7 +53,7 @@ def affine_kernel(
     """Runs the kernel: [splits, M, N]. `arrays` as in `pallas_kernels.affine_matmul.affine_matmul`, padded:
 
     words [N/64, K/64, bits, 128]; x [M, K] with K a multiple of 64 (8 bits: 128) and M < 8 or a multiple of 8;
-    x and x_scales of a token in pieces have a row each of them;
+    x and x_scales of a token in pieces have a row each of them; x of problem.token_dtype is [1, K], without x_scales;
     scales, zeros [G, N] with N a multiple of 64; row_scales [N] of 16 or 32 bits; row_sums [N], x_scales and
     x_offsets [M] float32; slots, overflow of sparse entries; kept_words [N/64, k/64, 16, 128], kept_x [M, k] with k a
     multiple of 64.
@@ -66,7 +68,7 @@ def affine_kernel(
     sums = registers_of_sums(problem, config)
     kind = jnp.int32 if problem.x_dtype == "int8" and not runs_on(problem) else jnp.float32
     scratch |= parts_scratch(config, sums, kind) | kept_scratch(problem, config)
-    scratch |= tiles_scratch(problem, config, out_dtype)
+    scratch |= tiles_scratch(problem, config, out_dtype) | token_scratch(problem, config)
 
     out = [jax.ShapeDtypeStruct((config.splits, problem.tokens, problem.outputs), out_dtype)]
     if config.stream_k:
@@ -110,8 +112,9 @@ def _stage_types(problem: Problem, config: Config) -> dict[str, tuple[tuple[int,
     swizzle = (plgpu.TilingTransform((8, problem.x_columns)), plgpu.SwizzleTransform(128))
     types: dict[str, tuple[tuple[int, ...], Any, tuple[Any, ...]]] = {
         "words": ((config.row_warpgroups, config.block_k // 64, problem.bits, 128), jnp.uint32, ()),
-        "x": ((config.block_m, config.block_k), jnp.dtype(problem.x_dtype), swizzle),
     }
+    if not problem.token_dtype:
+        types["x"] = ((config.block_m, config.block_k), jnp.dtype(problem.x_dtype), swizzle)
     if problem.group_size is not None:
         groups = max(1, config.block_k // problem.group_size)
         types["scales"] = ((groups, config.rows), jnp.dtype(problem.scale_dtype), ())
@@ -177,7 +180,8 @@ def _body(
         add_kept = kept_product(problem, config) if problem.kept_columns else None
         if problem.kept_columns:
             pl.when(k_part == 0)(lambda: offer_places(problem, config, shared))
-        names = [name for name in ("words", "x", "scales", "zeros", "slots") if name in shared]
+        names = [name for name in ("words", "x", "token", "scales", "zeros", "slots") if name in shared]
+        of_tokens = {"x_scales": token_scales(shared["token"])} if problem.token_dtype else {}
         if "tiles" in shared:
             store = functools.partial(store_tiles(config, out_dtype), shared["tiles"].at[row_part], refs["out"].at[0])
         else:
@@ -192,8 +196,11 @@ def _body(
 
         parts = [row_part, k_part]
 
-        def stage_at(slot: Any) -> list[Any]:
-            return [shared[name].at[slot] for name in names] + overflow
+        def stage_at(slot: Any, number: Any = 0) -> list[Any]:
+            """What is in a slot, and of a token for all stages the codes of that number."""
+            size = config.block_k * problem.pieces
+            places = {name: pl.ds(number * size, size) if name == "token" else slot for name in names}
+            return [shared[name].at[place] for name, place in places.items()] + overflow
 
         def arrived(slot: Any, is_there: Any = True) -> Any:
             """Waits for a stage, and reads the beginning of it."""
@@ -210,7 +217,7 @@ def _body(
                 (slot, *ahead), sums = carry
                 after = jnp.where(slot == config.stages - 1, 0, slot + 1)
                 first = ahead[0] if ahead else arrived(slot)
-                pending = steps.begin(stage_at(slot), first, sums, parts, *state)
+                pending = steps.begin(stage_at(slot, piece.first + number), first, sums, parts, *state)
                 if ahead:  # of the next stage of this piece or of the next; there is none behind the last
                     ahead = [arrived(after, (number + 1 < piece.stages) | (index + 1 < mine))]
                 sums = steps.finish(pending)
@@ -228,7 +235,7 @@ def _body(
             first_token = piece.column * config.block_m
 
             def write(sums: jax.Array) -> None:
-                y = scale(refs, first_token, first_row, sums)
+                y = scale(refs | of_tokens, first_token, first_row, sums)
                 if add_kept is not None:
                     y = add_kept(shared, row_part, kept_tiles(piece.first), y)
                 store(piece.split, first_token, first_row, y)
@@ -244,10 +251,13 @@ def _body(
             add_parts(config, shared, index, row_part, k_part, sums, lambda total: finish(total, write))
             return place, *following
 
+        first_state = load_state(jnp.int32(0))
+        if problem.token_dtype:  # while the tables are on their way, too
+            make_token(problem, config)(refs["x"], shared["token"], warpgroup)
         # Running sums are scaled before the next products: what else these need is read while the last ones run. Others
-        # would gain nothing, and lose the time in which CTAs ask for the same tokens, which the cache then reads once.
+        # gain nothing by it with few tokens, and with many they lose: CTAs then ask less often for the same at a time.
         ahead = [arrived(0, mine > 0)] if runs_on(problem) else []
-        lax.fori_loop(0, mine, item, ((jnp.int32(0), *ahead), *load_state(jnp.int32(0))))
+        lax.fori_loop(0, mine, item, ((jnp.int32(0), *ahead), *first_state))
         if "tiles" in shared:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -270,8 +280,9 @@ def _copy_stage(
     tiles = config.block_k // 64
     source = refs["words"].at[pl.ds(row * config.row_warpgroups, config.row_warpgroups), pl.ds(step * tiles, tiles)]
     plgpu.copy_gmem_to_smem(source, shared["words"].at[slot], full)
-    source = refs["x"].at[pl.ds(column * config.block_m, config.block_m), pl.ds(step * config.block_k, config.block_k)]
-    plgpu.copy_gmem_to_smem(source, shared["x"].at[slot], full)
+    if "x" in shared:
+        tokens, columns = pl.ds(column * config.block_m, config.block_m), pl.ds(step * config.block_k, config.block_k)
+        plgpu.copy_gmem_to_smem(refs["x"].at[tokens, columns], shared["x"].at[slot], full)
     if problem.entry_words:
         rows, blocks = pl.ds(row * config.row_warpgroups, config.row_warpgroups), config.block_k // 128
         source = refs["slots"].at[rows, pl.ds(step * blocks, blocks)]

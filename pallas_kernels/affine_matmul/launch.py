@@ -36,7 +36,7 @@ def launch(
     padding = -tokens % 8 if tokens > 8 else 0
     arrays = {
         "words": weight["words"],
-        "x": jnp.pad(x, ((0, padding), (0, -inputs % problem.x_columns))),
+        "x": x if problem.token_dtype else jnp.pad(x, ((0, padding), (0, -inputs % problem.x_columns))),
         **{name: array for name, array in weight.items() if name != "words"},
     }
     if kept is not None:
@@ -56,6 +56,17 @@ def launch(
     if offset is not None:
         y = y + offset[0][:, None] * offset[1][None, :]
     return y.astype(out_dtype)
+
+
+def check_own_token(
+    x: jax.Array, x_scales: jax.Array | None, x_offsets: jax.Array | None, quantize: int | None
+) -> dict[str, Any]:
+    """What a `Problem` says of a token that the kernel quantizes to so many bits, or in pieces: None. ValueError if
+    something else is said about it."""
+    if x_scales is not None or x_offsets is not None:
+        raise ValueError("the kernel makes the scale of the token that it quantizes, and no offset; give neither")
+    more = {} if quantize is None else {"token_bits": quantize}
+    return {"x_dtype": "int8", "token_dtype": x.dtype.name, **more}
 
 
 def check_tokens(

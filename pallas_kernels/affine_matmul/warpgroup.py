@@ -80,7 +80,7 @@ def stage_steps(problem: Problem, config: Config, kind: Any, decoder: Decoder | 
     """The steps of a product whose sums are of type `kind`."""
     state_types = [] if decoder is None else [compat.registers_layout(decoder.registers)]
     swizzle = (plgpu.TilingTransform((8, problem.x_columns)), plgpu.SwizzleTransform(128))
-    refs = [plgpu.RefType(), plgpu.RefType(swizzle)]
+    refs = [plgpu.RefType(), plgpu.RefType() if problem.token_dtype else plgpu.RefType(swizzle)]
     if problem.group_size is not None:
         refs += [plgpu.RefType()] * (1 + problem.has_zeros)
     if problem.entry_words:
@@ -245,10 +245,13 @@ class _Reader:
             self.adder = EntryAdder(own_slots, ops.global_address(overflow), self.operand, problem.entry_words)
         words, x, *grids = [ops.shared_address(ref) for ref in stage]
         self.base = arith.addi(words, arith.muli(first_tile, constant(tile_bytes)))
-        # Inputs of k_part begin at a swizzle atom: 1 KiB holds eight tokens and 128 bytes of inputs.
-        own_x = arith.addi(x, arith.muli(k_part, constant(own_inputs // problem.x_columns * 1024)))
-        self.x = own_x
-        self.columns = ops.columns_descriptor(own_x, config.block_k // problem.x_columns * 1024)
+        if problem.token_dtype:
+            self.x = arith.addi(x, arith.muli(k_part, constant(own_inputs * problem.pieces)))
+            self.columns = ops.rows_descriptor(self.x, problem.pieces)
+        else:
+            # Inputs of k_part begin at a swizzle atom: 1 KiB holds eight tokens and 128 bytes of inputs.
+            self.x = arith.addi(x, arith.muli(k_part, constant(own_inputs // problem.x_columns * 1024)))
+            self.columns = ops.columns_descriptor(self.x, config.block_k // problem.x_columns * 1024)
         row = arith.addi(arith.muli(row_part, constant(64)), row_of(self.thread))
         self.grids = [(address, row) for address in grids]
         self.decode: Callable[[list[Value]], list[list[Value]]] | None = None
@@ -284,17 +287,21 @@ class _Reader:
 
     def offset(self, tile: int) -> int:
         """Bytes from the descriptor's address to the columns of a tile."""
+        if self.problem.token_dtype:
+            return tile * 64 * self.problem.pieces
         atom, within = divmod(tile * 64, self.problem.x_columns)
         return atom * 1024 + within * self.problem.x_bytes
 
     def multiply(self, sums: list[Value] | None, fragments: list[list[Value]], tile: int) -> list[Value]:
         """Issues the products of a tile, those of each plane with its own sums."""
         width, planes = self.config.block_m, self.problem.planes
+        step_bytes = 32 * self.problem.pieces if self.problem.token_dtype else 32
         found = []
         for plane in range(planes):
             own = None if sums is None else sums[plane * width // 2 : (plane + 1) * width // 2]
             steps = fragments[plane * len(fragments) // planes : (plane + 1) * len(fragments) // planes]
-            found += ops.multiply_tile(own, steps, self.columns, self.offset(tile), width, self.operand)
+            place = self.columns, self.offset(tile)
+            found += ops.multiply_tile(own, steps, *place, width, self.operand, step_bytes)
         return found
 
     def grid(self, run: int) -> _Grid:

@@ -20,13 +20,14 @@ int8 pieces instead (`split_row`, `pallas_kernels.codebook_matmul.token_pieces`)
 a weight of 4 bits, where float16 takes 1.88.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.affine_matmul.config import Config, Problem, supported_config
-from pallas_kernels.affine_matmul.launch import Kept, check_entries, check_kept, check_tokens, launch
+from pallas_kernels.affine_matmul.launch import Kept, check_entries, check_kept, check_own_token, check_tokens, launch
 from pallas_kernels.codebook_matmul.choice import choose as choose, supported as supported
 from pallas_kernels.codebook_matmul.decode import table_planes, table_words
 from pallas_kernels.codebook_matmul.fixed_point import fixed_point_tables as fixed_point_tables
@@ -71,6 +72,7 @@ def codebook_matmul(
     entries: EntryTiles | None = None,
     kept: Kept | None = None,
     pieces: int = 1,
+    quantize: int | None = None,
     out_dtype: Any = None,
     config: Config | None = None,
     multiplier: bool | None = None,
@@ -84,26 +86,31 @@ def codebook_matmul(
     inputs [M, k] of kept columns and their weights, as `affine_matmul` takes them, not beside pieces.
     pieces: rows of 8-bit x that are one token, from `split_row` with its scales as x_scales; M is 1 then, and x may be
     padded with zeros to a multiple of 128; tables are of int8 entries, or of 16 bits from `fixed_point_tables`, whose
-    scales belong to `scales`. 1: every row is a token.
+    scales belong to `scales`. 1: every row is a token. One 16-bit token beside such tables becomes 8-bit x in the
+    kernel itself, without x_scales: by `pieces`, those of `split_row`, or by `quantize`, symmetric codes of so many
+    bits.
     multiplier: shift selectors by multiplications; None decides by the number of tokens.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
     rows, inputs = x.shape
-    if pieces > 1:
+    own = quantize is not None or (pieces > 1 and x.dtype.itemsize == 2 and rows == 1)
+    token: dict[str, Any] = check_own_token(x, x_scales, x_offsets, quantize) if own else {}
+    x_dtype = jnp.dtype(token.get("x_dtype", x.dtype))
+    if pieces > 1 and not own:
         _check_pieces(x, pieces, x_scales, x_offsets)
         inputs -= TILE if inputs == TILE * (words.shape[1] + 1) else 0
-    tokens = rows // pieces
-    sizes = (1, 2) if pieces > 1 else (1, x.dtype.itemsize)
+    tokens = rows if own else rows // pieces
+    sizes = (1, 2) if pieces > 1 else (1, x_dtype.itemsize)
     entry_bytes = _check((outputs, inputs), words, tables, scales, bits, sizes)
     check_tokens(rows, outputs, x_scales, x_offsets, row_sums)
     out_dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype))
-    if x.dtype == jnp.bfloat16 and entry_bytes == 1:
+    if x_dtype == jnp.bfloat16 and entry_bytes == 1:
         x, powers = half_tokens(x)
         x_scales = powers if x_scales is None else powers * x_scales.reshape(-1).astype(jnp.float32)
     words_each = check_entries(entries, outputs, x)
-    planes = max(1, entry_bytes // x.dtype.itemsize)
+    planes = max(1, entry_bytes // (1 if own else x.dtype.itemsize))
     facts = tokens, outputs, inputs, bits, None, False, x.dtype.name, "float32", words_each, pieces, planes
-    problem = Problem(*facts, **check_kept(kept, rows, outputs))
+    problem = dataclasses.replace(Problem(*facts, **check_kept(kept, rows, outputs)), **token)
     if reason := supported(problem):
         raise ValueError(f"no codebook kernel: {reason}")
     config = choose(problem, entry_bytes) if config is None else config

@@ -18,6 +18,7 @@ from pallas_kernels.affine_matmul.config import (
     blocks_of,
     no_entries,
     no_kept_columns,
+    no_own_token,
     supported_config,
 )
 from pallas_kernels.affine_matmul.rounds import Rounds
@@ -43,7 +44,7 @@ _OVERHEAD = 0.12  # integer operations a weight beside the look-up
 
 def supported(problem: Problem) -> str | None:
     """None, or the reason why no configuration computes `problem`, a whole-row one without zeros."""
-    if reason := no_entries(problem) or no_kept_columns(problem):
+    if reason := no_entries(problem) or no_kept_columns(problem) or no_own_token(problem):
         return reason
     if problem.bits not in (2, 3, 4):
         return f"bits={problem.bits} has no look-up in registers; expected 2, 3 or 4"

@@ -1,0 +1,200 @@
+"""The only token, quantized or split where it is multiplied: its int8 codes lie in shared memory.
+
+    codes[k] = round(x[k] / s),  s = max |x| / (2**(bits - 1) - 1)      `activation_quantize.quantize_rows`, symmetric
+    x[k] ~ s (2**16 p[0, k] + 2**8 p[1, k] + p[2, k])                   `codebook_matmul.split_row`
+
+bit for bit, but for codes of a token that is not finite, whose scale is NaN. A launch of its own for so little costs
+1.4 to 1.8 us of the 31 to 56 that the product takes. Here all computing warpgroups of a CTA do it, every CTA for
+itself, while the first weights are on their way, and the stages need no room for inputs.
+
+A thread has whole chunks of 16 inputs: number thread, thread + threads, .. It loads them all before it looks at one,
+and keeps them from the first pass, for the largest magnitude, to the second, which makes the codes. In slot order word
+t of a chunk is made of words t and t + 4 of x, as in `activation_quantize.rows`.
+
+Shared memory, uint8 [chunks of all stages, rows, 16] and BEHIND_TOKEN bytes; rows: pieces, or 1. For the tensor core
+these are core matrices of eight rows of 16 bytes, K-major without swizzle, which overlap: that of chunk c begins at
+row 0 of it, and its rows from the pieces on are those of the following chunks. Their columns of the product are finite,
+and nothing reads them, or they have the scale 0. So a token takes as many bytes as it has codes. Inputs past the end
+have the code 0. Behind the last chunk, where columns of that kind are read, too:
+
+    uint32 [16] the largest magnitude of every warp; float32 [8] the scales of the eight columns of the product
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+from pallas_kernels.affine_matmul import instructions as ops
+from pallas_kernels.affine_matmul.config import BEHIND_TOKEN, Config, Problem, token_bytes
+from pallas_kernels.compat import Value, arith, constant
+
+_CHUNK = 16  # inputs
+_SCALES = 64  # bytes behind the codes
+_MAGIC = 12582912.0  # 1.5 * 2**23: v + _MAGIC holds the integer nearest to v in its low bits
+_ONE, _TINY = 0x3F800000, 0x00800000  # float32: 1, and the least normal number
+_SMALL, _LARGE = (127 - 60) << 23, ((127 + 60) << 23) + 1  # below 2**-60, above 2**60
+_NAN = 0x7FFFFFFF
+_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}
+# of a token in pieces, see `pallas_kernels.codebook_matmul.token_pieces`
+_CARRY, _PEAK = 0x010101, 22
+_ROUND = 0x8080  # to the nearest, for the two higher digits
+
+Pack = Callable[[list[Value]], list[Value]]
+
+
+def token_scratch(problem: Problem, config: Config) -> dict[str, Any]:
+    """The shared memory of the codes; none if x comes as it is multiplied."""
+    if not problem.token_dtype:
+        return {}
+    return {"token": plgpu.SMEM((token_bytes(problem, config),), jnp.int8)}
+
+
+def token_scales(token: Any) -> Any:
+    """The float32 [8] of the columns' scales, as bytes."""
+    return token.at[token.shape[0] - BEHIND_TOKEN + _SCALES :]
+
+
+def make_token(problem: Problem, config: Config) -> Callable[[Any, Any, Any], None]:
+    """The function (x in global memory, token in shared memory, warpgroup) that every computing warpgroup calls once,
+    before its first product."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), compat.SCALAR))
+    def make(_: Any, x: Value, token: Value, warpgroup: Any) -> None:
+        before = arith.muli(compat.scalar_of(warpgroup), constant(compat.THREADS))
+        thread = arith.addi(before, compat.thread_in_warpgroup())
+        quantize(problem, config, ops.global_address(x), ops.shared_address(token), thread)
+
+    return make  # pyright: ignore[reportReturnType]
+
+
+def quantize(problem: Problem, config: Config, x: Value, token: Value, thread: Value) -> None:
+    """What one of the computing threads, numbered through all warpgroups, does; x and token are addresses."""
+    threads, rows = config.warpgroups * compat.THREADS, problem.pieces
+    size = token_bytes(problem, config) - BEHIND_TOKEN
+    real, chunks = problem.inputs // _CHUNK, size // (_CHUNK * rows)
+    own = ops.address_of_chunk(x, thread, 2 * _CHUNK)
+    loaded = [
+        ops.load_constants(own, 2 * _CHUNK * first, thread, None if first + threads <= real else real - first)
+        for first in range(0, real, threads)
+    ]
+    largest = _largest(loaded, token, size, threads, thread)
+    infinity = _INFINITY[problem.token_dtype]
+    finite = ops.where_below(largest, infinity, largest, constant(0))
+    peak = ops.as_word(_low(finite, problem.token_dtype))
+    column = arith.andi(thread, constant(7))
+    if rows == 1:
+        pack, scale = _codes(problem, peak)
+    else:
+        pack, scale = _pieces(problem, peak, column)
+    scale = ops.where_below(column, rows, ops.where_below(largest, infinity, scale, constant(_NAN)), constant(0))
+    # all that share a column write the same
+    ops.store_shared(arith.addi(token, arith.muli(column, constant(4))), size + _SCALES, scale)
+    place = arith.addi(token, arith.muli(thread, constant(_CHUNK * rows)))
+    for index, first in enumerate(range(0, chunks, threads)):
+        words = pack(loaded[index]) if index < len(loaded) else [constant(0)] * 4 * rows
+        inside = None if first + threads <= chunks else chunks - first
+        for row in range(rows):
+            offset = _CHUNK * (first * rows + row)
+            ops.store_chunk(place, offset, words[4 * row : 4 * row + 4], thread, inside)
+    ops.fence_copies()
+    ops.wait_for_threads(threads)
+
+
+def _largest(loaded: list[list[Value]], token: Value, size: int, threads: int, thread: Value) -> Value:
+    """The bits, 16 of them, of the largest magnitude of all threads: ordered as the numbers, not finite ones above."""
+    words = [ops.and_(word, 0x7FFF7FFF) for chunk in loaded for word in chunk]
+    pair = _tree(ops.larger_halves, words)
+    own = ops.largest_of_warp(arith.maxui(ops.and_(pair, 0xFFFF), ops.shift(pair, -16)))
+    warp = arith.shrui(thread, constant(5))
+    ops.store_shared(arith.addi(token, arith.muli(warp, constant(4))), size, own)
+    ops.wait_for_threads(threads)
+    groups = [ops.load_shared(token, constant(size + 16 * group), 4) for group in range(threads // compat.THREADS)]
+    return _tree(arith.maxui, [word for group in groups for word in group])
+
+
+def _tree(larger: Callable[[Value, Value], Value], values: list[Value]) -> Value:
+    """The largest of these, in few steps that wait for each other."""
+    while len(values) > 1:
+        pairs = [larger(a, b) for a, b in zip(values[::2], values[1::2], strict=False)]
+        values = pairs + values[2 * len(pairs) :]
+    return values[0]
+
+
+def _low(word: Value, dtype: str) -> Value:
+    """The lower half of a word, as float32."""
+    return ops.as_float(ops.shift(word, 16)) if dtype == "bfloat16" else ops.half_to_float(word)
+
+
+def _high(word: Value, dtype: str) -> Value:
+    """The upper half of a word, as float32."""
+    if dtype == "bfloat16":
+        return ops.as_float(ops.and_(word, 0xFFFF0000))
+    return ops.half_to_float(ops.shift(word, -16))
+
+
+def _fours(words: list[Value], dtype: str) -> list[list[Value]]:
+    """The inputs of every word of the codes of a chunk: columns 2t, 2t + 8, 2t + 1, 2t + 9."""
+    pairs = list(zip(words[:4], words[4:], strict=True))
+    return [[_low(a, dtype), _low(b, dtype), _high(a, dtype), _high(b, dtype)] for a, b in pairs]
+
+
+def _codes(problem: Problem, peak: Value) -> tuple[Pack, Value]:
+    """What makes codes of a chunk, and the scale; peak: the largest magnitude, or 0 if that is not finite.
+
+    The quotient is corrected as in `activation_quantize.rows`. A scale that would take the remainder out of the
+    exponents has a power of two, and then the inputs have it: of float16 there is none.
+    """
+    dtype = problem.token_dtype
+    scale = ops.as_word(ops.divide(ops.as_float(peak), float(2 ** (problem.token_bits - 1) - 1)))
+    scale = ops.where_below(scale, 1, constant(_ONE), arith.maxui(scale, constant(_TINY)))
+    divisor, power = ops.as_float(scale), None
+    if dtype == "bfloat16":
+        rest = ops.where_below(scale, _LARGE, constant(_ONE), constant((127 - 64) << 23))
+        factor = ops.where_below(scale, _SMALL, constant((127 + 64) << 23), rest)
+        divisor = ops.multiply(divisor, ops.as_float(factor))
+        power = ops.merge(factor, 0xFFFF0000, ops.shift(factor, -16))
+    inverse, negative = ops.reciprocal(divisor), ops.as_float(ops.xor(ops.as_word(divisor), 1 << 31))
+
+    def code(x: Value) -> Value:
+        quotient = ops.multiply(x, inverse)
+        quotient = ops.multiply_add(ops.multiply_add(quotient, negative, x), inverse, quotient)
+        return ops.as_word(ops.add(quotient, ops.float_constant(_MAGIC)))
+
+    def pack(words: list[Value]) -> list[Value]:
+        if power is not None:
+            words = [ops.packed("mul", word, power, "bf16") for word in words]
+        return [_bytes([code(x) for x in four], 0) for four in _fours(words, dtype)]
+
+    return pack, scale
+
+
+def _pieces(problem: Problem, peak: Value, column: Value) -> tuple[Pack, Value]:
+    """What makes the three rows of digits of a chunk, the first one first, and the scale of that number `column`."""
+    exponent = ops.shift(arith.addi(peak, constant(_CARRY)), -23)
+    exponent = arith.maxui(exponent, constant(_PEAK + 1))
+    power = ops.as_float(ops.shift(arith.subi(constant(2 * 127 + _PEAK), exponent), 23))
+    steps = arith.subi(constant(8 * (problem.pieces - 1) - _PEAK), arith.muli(column, constant(8)))
+    scale = ops.shift(arith.addi(exponent, steps), 23)
+
+    def rounded(x: Value) -> Value:
+        half = ops.as_float(ops.and_or(ops.as_word(x), 1 << 31, 0x3F000000))  # of the same sign
+        # X + 128 + 2**15 has the first digit in byte 2, and the others, each with 128 added, in bytes 1 and 0
+        return arith.addi(ops.truncate(ops.multiply_add(x, power, half)), constant(_ROUND))
+
+    def pack(words: list[Value]) -> list[Value]:
+        fours = [[rounded(x) for x in four] for four in _fours(words, problem.token_dtype)]
+        first = [_bytes(four, 2) for four in fours]
+        rest = [ops.xor(_bytes(four, byte), 0x80808080) for byte in (1, 0) for four in fours]
+        return first + rest
+
+    return pack, scale
+
+
+def _bytes(values: list[Value], byte: int) -> Value:
+    """A byte of each of four registers as one register, the first one low."""
+    pair = functools.partial(ops.permute, selector=0x40 + 0x11 * byte)
+    return ops.permute(pair(values[0], values[1]), pair(values[2], values[3]), 0x5410)
