@@ -8,7 +8,8 @@ off in the same pass, and lie in the order of the 8-bit tensor-core operand. Kep
 of the base, on top of its sums, if they were prepared for the type of the tokens. Sparse entries are added to the
 decoded weights, or have a product of their own, beside kept columns and where they do not fit the units of the decoder;
 what is added to the base is added to float32 sums. One 16-bit token beside a table is multiplied as three tokens of 8
-bits, whose look-ups take fewer instructions.
+bits, whose look-ups take fewer instructions. One token becomes integers in the kernel of the base, if its length is a
+multiple of 16: without a launch before it.
 """
 
 import dataclasses
@@ -128,6 +129,8 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
     assert not isinstance(base, SparseAffineWeight)
     tiles, inside = _tiles(layer, tokens, name), _columns_inside(layer, tokens, name)
     problem = _problem(base, act, tokens, name, _words(tiles), inside)
+    own = _own_token(problem, act, layer.outliers, name)
+    problem = own or problem
     if isinstance(base, CodebookWeight):
         config = codebook_matmul.choose(problem, 1 if is_snapped(base) else 2)
     else:
@@ -135,6 +138,7 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
     inputs = name if problem.x_dtype == name else f"{name} as {problem.x_dtype}"
     inputs = f"{name} in {problem.pieces} pieces of 8 bits" if problem.pieces > 1 else inputs
     inputs = inputs if act is None else f"{act.bits}-bit codes"
+    inputs += " made in the kernel" if own else ""
     codes = f"{base.bits}-bit codes" + (" into an int8 table" if is_snapped(base) else "")
     columns = entries = ""
     if layer.outliers is not None:
@@ -191,6 +195,8 @@ def _integers(
     """The codes of quantized inputs, the inputs that were kept, and what the base's product must know of the codes."""
     columns, index = (None, None) if kept is None else (kept.slots, kept.index)
     count = 0 if kept is None else kept.index.shape[0]
+    if _own_token(_problem(base, act, x.shape[0], x.dtype.name, 0), act, kept, x.dtype.name):
+        return x, None, {"quantize": act.bits}
     in_one = activation_quantize.supported(x.shape[0], x.shape[1], count, x.dtype, act.bits) is None
     quantize = activation_quantize.quantize_rows if in_one else activation_quantize.quantize
     tokens = quantize(x, columns, index, bits=act.bits, symmetric=act.symmetric, mode=act.mode)
@@ -208,21 +214,23 @@ def _base(x: jax.Array, base: Packed, out_dtype: DTypeLike, **more: Any) -> jax.
 
 def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
     problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")), _columns(more.get("kept")))
-    if problem.x_dtype != x.dtype.name:
+    if problem.x_dtype != x.dtype.name and "quantize" not in more:
         x, more["x_scales"] = half_tokens.convert(x)
     more |= {"bits": base.bits, "outputs": base.shape[0], "group_size": _group_size(base), "out_dtype": out_dtype}
     return affine_matmul.affine_matmul(x, base.codes, base.scales, base.zeros, **more)
 
 
 def _codebook(x: jax.Array, base: CodebookWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
-    tables, scales = base.tables, table_scales(base, x.dtype.name)
-    problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")), _columns(more.get("kept")))
+    dtype = "int8" if "quantize" in more else x.dtype.name
+    tables, scales = base.tables, table_scales(base, dtype)
+    problem = _problem(base, None, x.shape[0], dtype, _words(more.get("entries")), _columns(more.get("kept")))
     if problem.pieces > 1:
         more["pieces"] = problem.pieces
-        x, more["x_scales"] = codebook_matmul.split_row(x)
+        if _own_token(problem, None, None, dtype) is None:
+            x, more["x_scales"] = codebook_matmul.split_row(x)
         if not is_snapped(base):
             tables, scales = base.byte_tables, base.byte_scales
-    elif problem.x_dtype != x.dtype.name:
+    elif problem.x_dtype != dtype:
         x, more["x_scales"] = half_tokens.convert(x)
     elif not is_snapped(base) and x.dtype != jnp.bfloat16:  # float16 entries are exact
         tables = codebook_matmul.prepare_tables(base.codebook, x.dtype)
@@ -272,6 +280,18 @@ def _in_pieces(base: Packed, problem: affine_matmul.Problem) -> bool:
     if not is_snapped(base) and base.byte_tables is None:
         return False
     return codebook_matmul.supported_pieces(problem.tokens, problem.inputs, problem.x_dtype) is None
+
+
+def _own_token(
+    problem: affine_matmul.Problem, act: ActivationQuant | None, kept: OutlierColumns | None, dtype: str
+) -> affine_matmul.Problem | None:
+    """The same product of a token of `dtype` that the kernel itself quantizes or splits; None if it takes a launch."""
+    if problem.tokens != 1 or problem.x_dtype != "int8" or dtype == "int8":
+        return None
+    if act is not None and (kept is not None or not act.symmetric):
+        return None
+    own = dataclasses.replace(problem, token_dtype=dtype, token_bits=8 if act is None else act.bits)
+    return own if affine_matmul.no_own_token(own) is None else None
 
 
 def _supported(base: Packed, act: ActivationQuant | None, tokens: int, dtype: str, entry_words: int = 0) -> str | None:

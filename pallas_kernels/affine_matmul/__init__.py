@@ -31,6 +31,7 @@ from pallas_kernels.affine_matmul.choice import choose as choose, rounds_weights
 from pallas_kernels.affine_matmul.config import (
     Config as Config,
     Problem as Problem,
+    no_own_token as no_own_token,
     supported as supported,
     supported_config as supported_config,
 )
