@@ -62,6 +62,12 @@ def rounds_weights(problem: Problem) -> bool:
     return grouped and problem.x_bytes == 2 and choose(problem).scale == "operand"
 
 
+def few_stages(problem: Problem, config: Config) -> bool:
+    """Whether a token that the kernel quantizes, which is there for all stages at once, leaves room for two of them
+    where three would be used: two do not hide the latency of a copy."""
+    return bool(problem.token_dtype) and config.stages == 2 < -(-problem.inputs // (config.block_k * config.splits))
+
+
 def candidates(problem: Problem) -> list[Config]:
     """Configurations in order of preference; not all of them fit."""
     tokens = problem.tokens
@@ -94,7 +100,8 @@ def _few(problem: Problem, wide: int) -> list[Config]:
     elif tokens > 8 and problem.x_bytes == 1 and blocks > MULTIPROCESSORS:
         shapes = ((4, 1, 256), *shapes)
     found += [Config(wide, block_k, rows, parts) for rows, parts, block_k in shapes]
-    return [_shared(problem, config) if config.stream_k else _sized(problem, config) for config in found]
+    found = [_shared(problem, config) if config.stream_k else _sized(problem, config) for config in found]
+    return sorted(found, key=lambda config: few_stages(problem, config))
 
 
 def _many(problem: Problem) -> list[Config]:

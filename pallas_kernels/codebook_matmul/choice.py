@@ -11,6 +11,7 @@ import itertools
 import math
 from dataclasses import replace
 
+from pallas_kernels.affine_matmul.choice import few_stages
 from pallas_kernels.affine_matmul.config import (
     MULTIPROCESSORS,
     Config,
@@ -96,7 +97,7 @@ def candidates(problem: Problem) -> list[Config]:
         config = Config(width, block_k, rows, k_parts, splits, stages, "sum", ctas, cluster, stream_k)
         while config.stages > 2 and supported_config(problem, config) is not None:
             config = replace(config, stages=config.stages - 1)
-        if supported_config(problem, config) is None:
+        if supported_config(problem, config) is None and not few_stages(problem, config):
             found.append(config)
     return found
 

@@ -210,6 +210,64 @@ def test_one_token_is_split_beside_tables(monkeypatch: pytest.MonkeyPatch) -> No
     assert count_kernels(program) == program.count('name = "half_rows"') == 1
 
 
+def _actsym(base: Any, bits: int = 8) -> QuantizedLinear:
+    return QuantizedLinear(base, activation=ActivationQuant(None, None, bits, symmetric=True))
+
+
+def _token_layers(columns: int) -> dict[str, tuple[QuantizedLinear, bool]]:
+    """Layers of so many inputs, and whether one token becomes integers for them."""
+    rng = np.random.default_rng(7)
+    codes = jnp.asarray(rng.integers(0, 16, (N, columns), dtype=np.uint8))
+    table = jnp.asarray(np.sort(rng.integers(-127, 128, (N, 16))), jnp.int8)
+    snapped = codebook_weight(codes, table, 4, jnp.asarray(rng.uniform(0.5, 1.5, N), jnp.float16))
+    free = codebook_weight(codes, jnp.asarray(rng.normal(size=(N, 16)), jnp.float16), 4)
+    grouped, whole = _affine(4, 64, True, columns), _affine(8, None, True, columns)
+    return {
+        "w4a8-g64-actsym": (_actsym(grouped), True),
+        "w4a4-g64-actsym": (_actsym(grouped, 4), True),
+        "w8a8-actsym": (_actsym(whole), True),
+        "w4a8-codebook-int8-actsym": (_actsym(snapped), True),
+        "w4-codebook-int8": (QuantizedLinear(snapped), True),
+        "w4-codebook": (QuantizedLinear(free), True),
+        "w8a8": (QuantizedLinear(whole, activation=ActivationQuant(None, None, 8)), False),
+        "w4-g64": (QuantizedLinear(grouped), False),
+    }
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_one_token_becomes_integers_in_the_kernel() -> None:
+    for name, (layer, inside) in _token_layers(208).items():
+        ready = prepare(layer)
+        for tokens, dtype in itertools.product((1, 2), (jnp.bfloat16, jnp.float16)):
+            alone = inside and tokens == 1
+            assert ("made in the kernel" in choose(ready, tokens, dtype=dtype).reason) == alone, name
+            if tokens == 1:
+                program = lower_for_gpu(linear, jax.ShapeDtypeStruct((1, 208), dtype), ready)
+                assert count_kernels(program) == (name == "w8a8") and "mosaic_gpu" in program, name
+        many = jax.ShapeDtypeStruct((3, 1, 208), jnp.bfloat16)
+        assert "mosaic_gpu" in lower_for_gpu(jax.vmap(linear, in_axes=(0, None)), many, ready)
+    # not of a length that is no multiple of 16, of float32, or with columns that are kept
+    ready = prepare(_token_layers(200)["w8a8-actsym"][0])
+    assert "made in the kernel" not in choose(ready, 1).reason
+    assert count_kernels(lower_for_gpu(linear, jax.ShapeDtypeStruct((1, 200), jnp.bfloat16), ready)) == 1
+    ready = prepare(_token_layers(208)["w8a8-actsym"][0])
+    assert count_kernels(lower_for_gpu(linear, jax.ShapeDtypeStruct((1, 208), jnp.float32), ready)) == 1
+    assert "made in the kernel" not in choose(prepare(_quik(8, True)), 1).reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [208, 1024])
+def test_one_token_is_that_of_the_decoded_weight(columns: int) -> None:
+    if reason := device.no_hopper():
+        pytest.skip(reason)
+    for name, (layer, _) in _token_layers(columns).items():
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(1, columns)), jnp.bfloat16)
+        y = jax.jit(linear, static_argnames="implementation")(x, prepare(layer), implementation="pallas")
+        expected = _expected(x, layer)
+        error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+        assert error <= 2.5e-3, name
+
+
 @pytest.mark.usefixtures("on_hopper")
 def test_kernels_lower_under_vmap_and_shard_map() -> None:
     ready = prepare(LAYERS["w4-g64"])

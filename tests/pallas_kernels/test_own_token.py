@@ -18,10 +18,10 @@ import pytest
 
 from pallas_kernels import affine_matmul as affine, codebook_matmul as codebook
 from pallas_kernels.activation_quantize import quantize, quantize_rows
-from pallas_kernels.affine_matmul import own_token
+from pallas_kernels.affine_matmul import choice, own_token
 from pallas_kernels.affine_matmul.config import BEHIND_TOKEN, token_bytes
 from pallas_kernels.codebook_matmul import choice as table_choice
-from pallas_kernels.fragments import fragments_shape, pack_fragments
+from pallas_kernels.fragments import fragments_shape, pack_fragments, slot_order
 from tests.pallas_kernels.test_token_pieces import _pieces
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
@@ -205,18 +205,12 @@ def test_codes_are_those_of_the_quantizing_kernel(columns: int, bits: int, dtype
         scale = np.float32(1) if scale == 0 else np.maximum(scale, np.finfo(np.float32).tiny)
         expected = np.clip(np.round(wide / scale), -half, half - 1).astype(np.int8)[0]
         flat = codes[:, 0].reshape(-1)
-        order = np.asarray(own_order(flat.size))
+        order = np.asarray(slot_order(flat.size))
         np.testing.assert_array_equal(flat, np.pad(expected, (0, flat.size - columns))[order], err_msg=name)
         np.testing.assert_array_equal(scales, [scale, *[0] * 7], err_msg=name)
         if name in ("usual", "with an outlier", "zero"):
             there = quantize(jnp.asarray(x), bits=bits, symmetric=True)
             np.testing.assert_array_equal(there.scales[0, 0], scale)
-
-
-def own_order(slots: int) -> Any:
-    from pallas_kernels.fragments import slot_order
-
-    return slot_order(slots)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -335,8 +329,8 @@ def test_lowers_for_cuda_without_a_launch(case: tuple[int, int | None, int, int]
 def test_every_token_has_a_configuration() -> None:
     for case, inputs, outputs in itertools.product(CASES, (16, 576, 8192, 28672, 32768), (64, 4096, 28672)):
         this = problem_of(case, outputs, inputs, "bfloat16")
-        choose = table_choice.choose if case[2] else affine.choose
-        assert affine.supported_config(this, choose(this)) is None
+        config = (table_choice.choose if case[2] else affine.choose)(this)
+        assert affine.supported_config(this, config) is None and not choice.few_stages(this, config)
 
 
 def test_what_is_no_token_to_quantize_is_said() -> None:
