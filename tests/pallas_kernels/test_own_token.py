@@ -21,6 +21,7 @@ from pallas_kernels.activation_quantize import quantize, quantize_rows
 from pallas_kernels.affine_matmul import choice, own_token
 from pallas_kernels.affine_matmul.config import BEHIND_TOKEN, token_bytes
 from pallas_kernels.codebook_matmul import choice as table_choice
+from pallas_kernels.codebook_matmul.decode import table_words
 from pallas_kernels.fragments import fragments_shape, pack_fragments, slot_order
 from tests.pallas_kernels.test_token_pieces import _pieces
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
@@ -82,7 +83,7 @@ class Instructions:
     def xor(self, word: np.ndarray, value: int) -> np.ndarray:
         return word ^ np.uint32(value)
 
-    def shift(self, word: np.ndarray, left: int) -> np.ndarray:
+    def shift(self, word: np.ndarray, left: int) -> Any:
         return np.uint32(word) << np.uint32(left) if left >= 0 else np.uint32(word) >> np.uint32(-left)
 
     def larger_halves(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -110,7 +111,7 @@ class Instructions:
     def half_to_float(self, word: np.ndarray) -> np.ndarray:
         return np.asarray(word & 0xFFFF, np.uint16).view(np.float16).astype(np.float32)
 
-    def float_constant(self, value: float) -> np.ndarray:
+    def float_constant(self, value: float) -> np.floating:
         return np.float32(value)
 
     def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -268,7 +269,7 @@ def product(case: tuple[int, int | None, int, int], outputs: int) -> Any:
     """The function (x, arrays) -> y [1, outputs] of a token that the kernel makes integers of."""
     bits, group_size, entry, pieces = case
 
-    def run(x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+    def run(x: jax.Array, arrays: dict[str, Any]) -> jax.Array:
         more: dict[str, Any] = {"bits": bits, "outputs": outputs, "out_dtype": jnp.bfloat16}
         if entry == 0:
             return affine.affine_matmul(x, **arrays, group_size=group_size, quantize=8, **more)
@@ -282,7 +283,7 @@ def launched(case: tuple[int, int | None, int, int], outputs: int) -> Any:
     """The same with a launch before it."""
     bits, group_size, entry, pieces = case
 
-    def run(x: jax.Array, arrays: dict[str, jax.Array], config: Any) -> jax.Array:
+    def run(x: jax.Array, arrays: dict[str, Any], config: Any) -> jax.Array:
         more: dict[str, Any] = {"bits": bits, "outputs": outputs, "out_dtype": jnp.bfloat16, "config": config}
         if pieces > 1:
             codes, scales = codebook.split_row(x)
@@ -303,7 +304,7 @@ def shapes(case: tuple[int, int | None, int, int], outputs: int, inputs: int) ->
     if entry == 0:
         groups = 1 if group_size is None else -(-inputs // group_size)
         return found | {"scales": jax.ShapeDtypeStruct((groups, outputs), jnp.bfloat16)}
-    planes = codebook.decode.table_words(bits, entry)
+    planes = table_words(bits, entry)
     found["tables"] = jax.ShapeDtypeStruct((planes, -(-outputs // 64) * 64), jnp.uint32)
     return found | {"scales": jax.ShapeDtypeStruct((outputs,), jnp.float32)}
 
@@ -351,7 +352,8 @@ def test_what_is_no_token_to_quantize_is_said() -> None:
     assert "block_m=16" in (affine.supported_config(token, affine.Config(16, 128, 1)) or "")
     large = dataclasses.replace(token, inputs=32768, pieces=3)
     assert "shared memory" in (affine.supported_config(large, affine.Config(8, 512, 4, stages=3)) or "")
-    x, arrays = jnp.zeros((1, 64), jnp.bfloat16), {"words": jnp.zeros((1, 1, 4, 128), jnp.uint32)}
+    x = jnp.zeros((1, 64), jnp.bfloat16)
+    arrays: dict[str, Any] = {"words": jnp.zeros((1, 1, 4, 128), jnp.uint32)}
     with pytest.raises(ValueError, match="give neither"):
         affine.affine_matmul(
             x, **arrays, scales=jnp.ones((1, 64)), bits=4, outputs=64, quantize=8, x_scales=jnp.ones(1)
@@ -362,7 +364,7 @@ def test_what_is_no_token_to_quantize_is_said() -> None:
         )
 
 
-def made(case: tuple[int, int | None, int, int], outputs: int, inputs: int) -> dict[str, jax.Array]:
+def made(case: tuple[int, int | None, int, int], outputs: int, inputs: int) -> dict[str, Any]:
     bits, group_size, entry, _ = case
     random = np.random.default_rng(inputs)
     codes = jnp.asarray(random.integers(0, 2**bits, (outputs, inputs), dtype=np.uint8))
