@@ -5,7 +5,7 @@
     16-bit x:   y[m, n] = sum_k x[m, k] * W[n, k]  (* x_scales[m])       float32 sums, weights exact
     8-bit x:    y[m, n] = x_scales[m] * sum_k x[m, k] * W[n, k] + x_offsets[m] * row_sums[n],
                 row_sums[n] = sum_k W[n, k]; sums of codes are exact, and scaled in float32
-                of one token, the kernel itself can make x and x_scales
+                of one token, the kernel itself can make x and x_scales, or three rows of x that stand for it
 
     kept columns, inputs and weights of 16 bits apart from those, are added to either before y is rounded:
                 y[m, n] += sum_c kept_x[m, c] * kept_W[n, c]
@@ -63,6 +63,7 @@ def affine_matmul(
     entries: EntryTiles | None = None,
     kept: Kept | None = None,
     quantize: int | None = None,
+    pieces: int = 1,
     out_dtype: Any = None,
     config: Config | None = None,
 ) -> jax.Array:
@@ -75,7 +76,8 @@ def affine_matmul(
     to W, each divided by the scale of its place, of the type of x. kept: inputs [M, k] of kept columns and their
     weights, from `pallas_kernels.kept_columns`, of the same type; x_scales are not theirs. quantize: the kernel itself
     makes 8-bit x of one 16-bit token, symmetric codes of so many bits and their scale, and nothing else goes with the
-    token; those of `pallas_kernels.activation_quantize`, without a launch of its own. Rows of `scales` and `zeros`
+    token; those of `pallas_kernels.activation_quantize`, without a launch of its own. pieces, 3: it becomes three rows
+    of digits, as `codebook_matmul.split_row` makes them, whose sums are of 24 bits. Rows of `scales` and `zeros`
     of groups that are no multiple of 64 long are padded here, a copy: pad them once beforehand.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
@@ -88,14 +90,14 @@ def affine_matmul(
     words_each, columns = check_entries(entries, outputs, x), check_kept(kept, tokens, outputs)
     kinds = x.dtype.name, scales.dtype.name
     problem = Problem(tokens, outputs, inputs, bits, group_size, zeros is not None, *kinds, words_each, **columns)
-    if quantize is not None:
-        problem = dataclasses.replace(problem, **check_own_token(x, x_scales, x_offsets, quantize))
+    if quantize is not None or pieces > 1:
+        problem = dataclasses.replace(problem, pieces=pieces, **check_own_token(x, x_scales, x_offsets, quantize))
     if reason := supported(problem):
         raise ValueError(f"no affine kernel: {reason}")
     config = choose(problem) if config is None else config
     if reason := supported_config(problem, config):
         raise ValueError(f"{config} does not fit: {reason}")
-    out_dtype = jnp.dtype(out_dtype or (x.dtype if problem.x_bytes == 2 else jnp.bfloat16))
+    out_dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype))
 
     weight = {"words": words}
     if group_size is None:

@@ -22,7 +22,7 @@ from pallas_kernels.affine_matmul import choice, own_token
 from pallas_kernels.affine_matmul.config import BEHIND_TOKEN, token_bytes
 from pallas_kernels.codebook_matmul import choice as table_choice
 from pallas_kernels.codebook_matmul.decode import table_words
-from pallas_kernels.fragments import fragments_shape, pack_fragments, slot_order
+from pallas_kernels.fragments import fragments_shape, pack_fragments, slot_order, unpack_fragments
 from tests.pallas_kernels.test_token_pieces import _pieces
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
@@ -263,6 +263,7 @@ CASES = [  # bits, group_size, table entry bytes, pieces; 0: affine
     (4, None, 1, 3),
     (3, None, 2, 3),
 ]
+PARTED = [(4, 128, 0, 3), (8, None, 0, 3)]  # 16 bits beside affine weights
 
 
 def product(case: tuple[int, int | None, int, int], outputs: int) -> Any:
@@ -272,7 +273,8 @@ def product(case: tuple[int, int | None, int, int], outputs: int) -> Any:
     def run(x: jax.Array, arrays: dict[str, Any]) -> jax.Array:
         more: dict[str, Any] = {"bits": bits, "outputs": outputs, "out_dtype": jnp.bfloat16}
         if entry == 0:
-            return affine.affine_matmul(x, **arrays, group_size=group_size, quantize=8, **more)
+            more |= {"pieces": pieces} if pieces > 1 else {"quantize": 8}
+            return affine.affine_matmul(x, **arrays, group_size=group_size, **more)
         more |= {"pieces": pieces} if pieces > 1 else {"quantize": 8}
         return codebook.codebook_matmul(x, **arrays, **more)
 
@@ -315,7 +317,7 @@ def problem_of(case: tuple[int, int | None, int, int], outputs: int, inputs: int
     return affine.Problem(1, outputs, inputs, bits, group_size, False, **facts, pieces=pieces, planes=max(entry, 1))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + PARTED, ids=str)
 @pytest.mark.parametrize("inputs", [576, 1024, 8192, 28672])
 def test_lowers_for_cuda_without_a_launch(case: tuple[int, int | None, int, int], inputs: int) -> None:
     for dtype in ("bfloat16", "float16"):
@@ -328,7 +330,7 @@ def test_lowers_for_cuda_without_a_launch(case: tuple[int, int | None, int, int]
 
 
 def test_every_token_has_a_configuration() -> None:
-    for case, inputs, outputs in itertools.product(CASES, (16, 576, 8192, 28672, 32768), (64, 4096, 28672)):
+    for case, inputs, outputs in itertools.product(CASES + PARTED, (16, 576, 8192, 28672, 32768), (64, 4096, 28672)):
         this = problem_of(case, outputs, inputs, "bfloat16")
         config = (table_choice.choose if case[2] else affine.choose)(this)
         assert affine.supported_config(this, config) is None and not choice.few_stages(this, config)
@@ -411,3 +413,23 @@ def test_the_product_is_that_after_a_launch(
     many = jax.jit(jax.vmap(product(case, outputs), in_axes=(0, None)))(batch, arrays)
     for x, y in zip(batch, many, strict=True):
         np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(inside(x, arrays), np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PARTED, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("inputs", [576, 8192])
+def test_a_token_in_pieces_beside_affine_weights(
+    case: tuple[int, int | None, int, int], dtype: str, inputs: int
+) -> None:
+    bits, group_size, _, pieces = case
+    arrays = made(case, 200, inputs)
+    codes = np.asarray(unpack_fragments(arrays["words"], bits, "pairs", (200, inputs)), np.float64) - 2 ** (bits - 1)
+    group = np.arange(inputs) // (group_size or inputs)
+    weights = codes * np.asarray(arrays["scales"], np.float64)[group].T
+    more: dict[str, Any] = {"bits": bits, "outputs": 200, "group_size": group_size, "out_dtype": jnp.float32}
+    for name in ("usual", "with an outlier", "zero"):
+        x = tokens(dtype, inputs)[name]
+        y = affine.affine_matmul(jnp.asarray(x), **arrays, pieces=pieces, **more)
+        exact = x.astype(np.float64) @ weights.T
+        assert np.linalg.norm(np.asarray(y, np.float64) - exact) <= 3e-5 * np.linalg.norm(exact), name
