@@ -107,6 +107,11 @@ class Problem:
         return 128 // self.x_bytes
 
     @property
+    def token_rows(self) -> int:
+        """Rows of 16 bytes from a chunk of a token that the kernel made to the next: as few as there are pieces."""
+        return self.pieces
+
+    @property
     def multiplies_entries(self) -> bool:
         """Whether sparse entries are multiplied by the inputs of the only token, and not added to weights."""
         return self.entry_words > 0 and self.tokens == 1
@@ -143,7 +148,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
 def token_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of the codes of a token that the kernel makes itself, for all stages, and of what goes with it."""
     steps = config.splits * -(-problem.inputs // (config.block_k * config.splits))
-    return steps * config.block_k * problem.pieces + BEHIND_TOKEN
+    return steps * config.block_k * problem.token_rows + BEHIND_TOKEN
 
 
 def kept_places(problem: Problem, config: Config) -> int:

@@ -11,7 +11,7 @@ A thread has whole chunks of 16 inputs: number thread, thread + threads, .. It l
 and keeps them from the first pass, for the largest magnitude, to the second, which makes the codes. In slot order word
 t of a chunk is made of words t and t + 4 of x, as in `activation_quantize.rows`.
 
-Shared memory, uint8 [chunks of all stages, rows, 16] and BEHIND_TOKEN bytes; rows: pieces, or 1. For the tensor core
+Shared memory, int8 [chunks of all stages, rows, 16] and BEHIND_TOKEN bytes; rows: pieces, or 1. For the tensor core
 these are core matrices of eight rows of 16 bytes, K-major without swizzle, which overlap: that of chunk c begins at
 row 0 of it, and its rows from the pieces on are those of the following chunks. Their columns of the product are finite,
 and nothing reads them, or they have the scale 0. So a token takes as many bytes as it has codes. Inputs past the end
@@ -73,7 +73,7 @@ def make_token(problem: Problem, config: Config) -> Callable[[Any, Any, Any], No
 
 def quantize(problem: Problem, config: Config, x: Value, token: Value, thread: Value) -> None:
     """What one of the computing threads, numbered through all warpgroups, does; x and token are addresses."""
-    threads, rows = config.warpgroups * compat.THREADS, problem.pieces
+    threads, rows, pieces = config.warpgroups * compat.THREADS, problem.token_rows, problem.pieces
     size = token_bytes(problem, config) - BEHIND_TOKEN
     real, chunks = problem.inputs // _CHUNK, size // (_CHUNK * rows)
     own = ops.address_of_chunk(x, thread, 2 * _CHUNK)
@@ -86,18 +86,18 @@ def quantize(problem: Problem, config: Config, x: Value, token: Value, thread: V
     finite = ops.where_below(largest, infinity, largest, constant(0))
     peak = ops.as_word(_low(finite, problem.token_dtype))
     column = arith.andi(thread, constant(7))
-    if rows == 1:
+    if pieces == 1:
         pack, scale = _codes(problem, peak)
     else:
         pack, scale = _pieces(problem, peak, column)
-    scale = ops.where_below(column, rows, ops.where_below(largest, infinity, scale, constant(_NAN)), constant(0))
+    scale = ops.where_below(column, pieces, ops.where_below(largest, infinity, scale, constant(_NAN)), constant(0))
     # all that share a column write the same
     ops.store_shared(arith.addi(token, arith.muli(column, constant(4))), size + _SCALES, scale)
     place = arith.addi(token, arith.muli(thread, constant(_CHUNK * rows)))
     for index, first in enumerate(range(0, chunks, threads)):
-        words = pack(loaded[index]) if index < len(loaded) else [constant(0)] * 4 * rows
+        words = pack(loaded[index]) if index < len(loaded) else [constant(0)] * 4 * pieces
         inside = None if first + threads <= chunks else chunks - first
-        for row in range(rows):
+        for row in range(pieces):
             offset = _CHUNK * (first * rows + row)
             ops.store_chunk(place, offset, words[4 * row : 4 * row + 4], thread, inside)
     ops.fence_copies()

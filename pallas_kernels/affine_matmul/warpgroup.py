@@ -246,8 +246,8 @@ class _Reader:
         words, x, *grids = [ops.shared_address(ref) for ref in stage]
         self.base = arith.addi(words, arith.muli(first_tile, constant(tile_bytes)))
         if problem.token_dtype:
-            self.x = arith.addi(x, arith.muli(k_part, constant(own_inputs * problem.pieces)))
-            self.columns = ops.rows_descriptor(self.x, problem.pieces)
+            self.x = arith.addi(x, arith.muli(k_part, constant(own_inputs * problem.token_rows)))
+            self.columns = ops.rows_descriptor(self.x, problem.token_rows)
         else:
             # Inputs of k_part begin at a swizzle atom: 1 KiB holds eight tokens and 128 bytes of inputs.
             self.x = arith.addi(x, arith.muli(k_part, constant(own_inputs // problem.x_columns * 1024)))
@@ -288,14 +288,14 @@ class _Reader:
     def offset(self, tile: int) -> int:
         """Bytes from the descriptor's address to the columns of a tile."""
         if self.problem.token_dtype:
-            return tile * 64 * self.problem.pieces
+            return tile * 64 * self.problem.token_rows
         atom, within = divmod(tile * 64, self.problem.x_columns)
         return atom * 1024 + within * self.problem.x_bytes
 
     def multiply(self, sums: list[Value] | None, fragments: list[list[Value]], tile: int) -> list[Value]:
         """Issues the products of a tile, those of each plane with its own sums."""
         width, planes = self.config.block_m, self.problem.planes
-        step_bytes = 32 * self.problem.pieces if self.problem.token_dtype else 32
+        step_bytes = 32 * self.problem.token_rows if self.problem.token_dtype else 32
         found = []
         for plane in range(planes):
             own = None if sums is None else sums[plane * width // 2 : (plane + 1) * width // 2]

@@ -163,7 +163,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
         thread = np.arange(config.warpgroups * 128, dtype=np.uint32)
         with np.errstate(all="ignore"):
             own_token.quantize(problem, config, np.int64(0), np.uint32(START), thread)
-        codes = shared[START:-BEHIND_TOKEN].view(np.int8).reshape(-1, problem.pieces, 16)
+        codes = shared[START:-BEHIND_TOKEN].view(np.int8).reshape(-1, problem.token_rows, 16)[:, : problem.pieces]
         return codes, shared[-BEHIND_TOKEN + 64 :][:32].view(np.float32)
 
     return run
@@ -239,15 +239,16 @@ def test_a_token_that_is_not_finite_has_no_scale(odd: float, pieces: int, dtype:
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_the_tensor_core_finds_the_columns(pieces: int, run: Any) -> None:
-    """A descriptor without swizzle: core matrices of 8 x 16 bytes, those of a step `pieces` rows apart."""
+    """A descriptor without swizzle: core matrices of 8 x 16 bytes, those of a step `token_rows` rows apart."""
     problem, config = own(1024, "bfloat16", pieces), CONFIGS[0]
     codes, _ = run(problem, config, tokens("bfloat16", 1024)["usual"])
-    memory = np.concatenate([codes.reshape(-1), np.full(BEHIND_TOKEN, 77, np.int8)])
-    own_inputs, leading = config.block_k // config.k_warpgroups, 16 * pieces
+    rows = problem.token_rows
+    memory = np.pad(codes, ((0, 0), (0, rows - pieces), (0, 0))).reshape(-1)
+    memory = np.concatenate([memory, np.full(BEHIND_TOKEN, 77, np.int8)])
+    own_inputs, leading = config.block_k // config.k_warpgroups, 16 * rows
     for stage, k_part, tile, step in itertools.product(range(2), range(2), range(own_inputs // 64), range(2)):
-        start = stage * config.block_k * pieces + k_part * own_inputs * pieces + tile * 64 * pieces + step * 32 * pieces
-        assert start % 16 == 0
         first = stage * config.block_k + k_part * own_inputs + 64 * tile + 32 * step
+        start = first * rows
         for half, row in itertools.product(range(2), range(8)):
             place = start + half * leading + 16 * row
             line = memory[place : place + 16]
