@@ -40,10 +40,14 @@ def constant(value: int) -> Value:
     return arith.constant(i32(), ir.IntegerAttr.get(i32(), value - 2**32 if value >= 2**31 else value))
 
 
+def thread() -> Value:
+    """The number of the thread in its CTA."""
+    return arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
+
+
 def thread_in_warpgroup() -> Value:
     """The number, 0..127, of the thread in its warpgroup."""
-    thread = arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
-    return arith.andi(thread, constant(THREADS - 1))
+    return arith.andi(thread(), constant(THREADS - 1))
 
 
 def warpgroup_barrier() -> None:
@@ -54,6 +58,13 @@ def warpgroup_barrier() -> None:
 def pointer(ref: Value) -> Value:
     """The address of the first element of a memref, an LLVM pointer: space 3 for shared memory, 1 or 0 for global."""
     return _mosaic.memref_ptr(ref)
+
+
+def address(ref: Value) -> Value:
+    """The byte address of a memref as an integer register, of 32 bits in shared memory and of 64 in global memory."""
+    place = pointer(ref)
+    width = 32 if llvm.PointerType(place.type).address_space == 3 else 64
+    return llvm.ptrtoint(ir.IntegerType.get_signless(width), place)
 
 
 def inline_assembly(results: list[Any], operands: list[Value], text: str, constraints: str, pure: bool) -> list[Value]:

@@ -10,14 +10,14 @@ arXiv 2306.07629, about 0.45 % of all entries.
 out, `adder` adds them.
 """
 
+from pallas_kernels.sparse_matmul.choice import add_rows as add_rows, supported as supported
 from pallas_kernels.sparse_matmul.gather import gather_sum as gather_sum
-from pallas_kernels.sparse_matmul.rows import (
-    Config as Config,
-    SparseRows as SparseRows,
-    add_rows as add_rows,
-    default_config as default_config,
-    prepare_rows as prepare_rows,
-    supported as supported,
+from pallas_kernels.sparse_matmul.row_programs import Config as Config, default_config as default_config
+from pallas_kernels.sparse_matmul.rows import SparseRows as SparseRows, prepare_rows as prepare_rows
+from pallas_kernels.sparse_matmul.shared_token import (
+    SharedConfig as SharedConfig,
+    default_shared as default_shared,
+    shape_of as shape_of,
 )
 from pallas_kernels.sparse_matmul.tiles import (
     EntryTiles as EntryTiles,

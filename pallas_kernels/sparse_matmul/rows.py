@@ -1,41 +1,33 @@
-"""The sparse product for few tokens on a GPU: a program owns its rows, so sums have one order and need no atomics.
+"""Sparse entries by row, for a product of their own: the layout that the kernels read.
 
-An entry is one word, column << 16 | float16 bits. A row's entries are padded to a multiple of 4, one 16-byte load, by
-entries of value 0 in a column that the row has anyway:
+An entry is one word, column << 16 | float16 bits. A row's entries are padded to a multiple of 4, a quad, one load of 16
+bytes, by entries of value 0 in a column that the row has anyway:
 
-    words       uint32 [E]              rows in order, those of more than `longest` entries behind all others
+    words       uint32 [E]              rows in order, those of more than `longest_row` entries behind all others
     starts      int32 [N + 1]           row n is words [4 starts[n], 4 starts[n + 1]); a long row is empty here, and
                                         marked by the sign bit of its start
     long_rows   int32 [L]               which rows are long, and N for none
     long_starts int32 [L + 1]           where they lie, as starts
+    first_rows  int32 [P + 1]           rows first_rows[p] .. first_rows[p + 1] - 1 are those of part p
 
 E and L are rounded up, so that layers with nearly as many entries share a compiled program.
 
-A program takes block_n rows, or one long row, spread over its lanes: however uneven the rows, no program does much more
-than `longest` entries a row. What takes time is waiting: where a row starts, then its words, then the inputs, each a
-trip to memory. So the first depth * chunk entries of a row are read at once, before it is known how long the longest
-row is, y is read at the very beginning, and all programs fit on the GPU together. Few lanes share a row: adding up over
-lanes takes a shuffle for each token and level, of which a multiprocessor does one a cycle.
-
-For M = 1, 28672 x 8192 and 0.45 % of entries the words are 4.6 MB, and a multiprocessor gathers 8000 inputs.
-It is the Triton backend of Pallas: Mosaic GPU has no gather.
+Parts are for a kernel that reads words before it knows where rows start: it follows from the shapes alone that the rows
+of part p lie in quads [p C, p C + C + H), where C = E / 4P, rounded up, and H is what the longest row has.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 LARGEST_K = 65536  # a column has 16 bits
-_ALIGN = 4
-_Marker = Callable[[], None]
-_LONG = -(1 << 31)  # the mark of a long row in `starts`
+LONG = -(1 << 31)  # the mark of a long row in `starts`
+QUAD = 4
+_MULTIPROCESSORS = 132
+_LARGEST_PART = 3072  # quads, three a thread
+_MOST_ROWS = 256  # of a part
 
 
 class SparseRows(NamedTuple):
@@ -45,47 +37,15 @@ class SparseRows(NamedTuple):
     starts: jax.Array
     long_rows: jax.Array
     long_starts: jax.Array
+    first_rows: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """block_n rows by `chunk` entries, `depth` times before any is used, for block_m tokens, by num_warps warps.
-
-    Powers of two. A thread should hold one entry and eight tokens, block_n * chunk * max(block_m / 8, 1) being the
-    number of threads, or four entries of one token: then words are loaded by the thread that gathers for them.
-    """
-
-    block_n: int
-    chunk: int
-    depth: int
-    block_m: int
-    num_warps: int
-
-
-def default_config(tokens: int) -> Config:
-    """At most 64 entries of a row at once, and at most eight gathers of 16 bytes by a thread."""
-    if tokens <= 2:  # each for itself: two gathers of 2 bytes cost less than transposing x first
-        return Config(32, 16, 4, 1, 4)
-    if tokens <= 8:
-        return Config(32, 4, 8, pl.next_power_of_2(tokens), 4)
-    return Config(16, 4, 8, 16, 4)
-
-
-def supported(tokens: int, columns: int, dtype: jax.typing.DTypeLike) -> str | None:
-    """None if x [tokens, columns] of this type can be multiplied with float16 entries here, else the reason."""
-    if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
-        return f"activations are {jnp.dtype(dtype).name}, not bfloat16, float16 or float32"
-    if columns > LARGEST_K:
-        return f"K={columns} exceeds {LARGEST_K}, the columns an entry can name"
-    if tokens < 1:
-        return "there are no tokens"
-    return None
-
-
-def prepare_rows(values: np.ndarray, columns: np.ndarray, row_pointer: np.ndarray) -> SparseRows:
+def prepare_rows(
+    values: np.ndarray, columns: np.ndarray, row_pointer: np.ndarray, *, parts: int | None = None
+) -> SparseRows:
     """The entries of a compressed-row matrix in the order above. Once, after loading; NumPy.
 
-    values float16 [nnz], columns [nnz] below 65536, row_pointer [N + 1].
+    values float16 [nnz], columns [nnz] below 65536, row_pointer [N + 1]. parts: a number that suits an H200 if None.
     ValueError if values are not float16 or a column does not fit.
     """
     values, columns, pointer = np.asarray(values), np.asarray(columns), np.asarray(row_pointer, np.int64)
@@ -94,185 +54,63 @@ def prepare_rows(values: np.ndarray, columns: np.ndarray, row_pointer: np.ndarra
     if columns.size and int(columns.max()) >= LARGEST_K:
         raise ValueError(f"column {int(columns.max())} has no 16 bits; expected below {LARGEST_K}")
     counts = np.diff(pointer)
-    quads = -(-counts // _ALIGN)
-    long_rows = np.flatnonzero(counts > _longest(counts))
+    quads = -(-counts // QUAD)
+    size = _rounded(int(quads.sum()) * QUAD)
+    long_rows = np.flatnonzero(counts > longest_row(size, counts.size))
     short = quads.copy()
     short[long_rows] = 0
     starts = np.concatenate([[0], np.cumsum(short)])
     long_starts = starts[-1] + np.concatenate([[0], np.cumsum(quads[long_rows])])
     first = starts[:-1].copy()
     first[long_rows] = long_starts[:-1]
-    starts[long_rows] |= _LONG
+    first_rows = _first_rows(starts, size, parts or _parts_of(size, counts.size))
+    starts[long_rows] |= LONG
 
     entries = columns.astype(np.uint32) << 16 | values.view(np.uint16).astype(np.uint32)
     # every slot of a row repeats its last entry's column; the entries then overwrite all but the padding
-    words = np.zeros(_rounded(int(long_starts[-1]) * _ALIGN), np.uint32)
-    row = np.repeat(np.arange(counts.size), quads * _ALIGN)
-    slot = np.arange(row.size) - np.repeat(np.cumsum(quads) - quads, quads * _ALIGN) * _ALIGN
+    words = np.zeros(size, np.uint32)
+    row = np.repeat(np.arange(counts.size), quads * QUAD)
+    slot = np.arange(row.size) - np.repeat(np.cumsum(quads) - quads, quads * QUAD) * QUAD
     if entries.size:
-        words[first[row] * _ALIGN + slot] = entries[pointer[row + 1] - 1] & np.uint32(0xFFFF0000)
+        words[first[row] * QUAD + slot] = entries[pointer[row + 1] - 1] & np.uint32(0xFFFF0000)
         row = np.repeat(np.arange(counts.size), counts)
-        words[first[row] * _ALIGN + np.arange(row.size) - pointer[row]] = entries
+        words[first[row] * QUAD + np.arange(row.size) - pointer[row]] = entries
     none = (1 << (long_rows.size - 1).bit_length()) - long_rows.size if long_rows.size else 0
     long_rows = np.pad(long_rows, (0, none), constant_values=counts.size)
     long_starts = np.pad(long_starts, (0, none), mode="edge")
-    arrays = (jnp.asarray(a.astype(np.int32)) for a in (starts, long_rows, long_starts))
+    arrays = (jnp.asarray(a.astype(np.int32)) for a in (starts, long_rows, long_starts, first_rows))
     return SparseRows(jnp.asarray(words), *arrays)
 
 
-def _rounded(count: int) -> int:
-    """At most a sixteenth more."""
-    step = 1 << max(count.bit_length() - 5, 0)
-    return -(-count // step) * step
-
-
-def _longest(counts: np.ndarray) -> int:
+def longest_row(words: int, rows: int) -> int:
     """Beyond twice the mean a row gets a program of its own; there are at most half as many of them as rows."""
-    mean = counts.mean() if counts.size else 0
-    return max(64, -(-int(2 * mean) // 32) * 32)
+    return max(64, -(-2 * words // max(rows, 1) // 32) * 32)
 
 
-def add_rows(
-    y: jax.Array,
-    x: jax.Array,
-    sparse: SparseRows,
-    *,
-    out_dtype: jax.typing.DTypeLike = jnp.float32,
-    config: Config | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """y [M, N] float32 plus x [M, K] times the entries transposed, rounded once to out_dtype.
-
-    If that is float32, in y's memory if nothing else reads it.
-    ValueError with the reason where `supported` has one, or if shapes disagree.
-    """
-    (tokens, width), rows = x.shape, sparse.starts.shape[0] - 1
-    if (reason := supported(tokens, width, x.dtype)) is not None:
-        raise ValueError(f"the sparse kernel cannot serve this: {reason}")
-    if y.shape != (tokens, rows) or y.dtype != jnp.float32:
-        raise ValueError(f"y is {y.dtype}{list(y.shape)}; expected float32{[tokens, rows]}")
-    if sparse.words.shape[0] == 0:
-        return y.astype(out_dtype)
-    config = default_config(tokens) if config is None else config
-    blocks = pl.cdiv(tokens, config.block_m)
-    if config.block_m > 1:  # an entry's tokens side by side: one load of up to 16 bytes
-        x = jnp.pad(x, ((0, blocks * config.block_m - tokens), (0, 0))).T
-    long = sparse.long_rows.shape[0]
-    operands = [x, sparse.words, sparse.starts, *([sparse.long_rows, sparse.long_starts] if long else []), y]
-    return pl.pallas_call(
-        functools.partial(_kernel, config, pl.cdiv(rows, config.block_n), _nothing if interpret else _loads_before),
-        out_shape=jax.ShapeDtypeStruct(y.shape, out_dtype),
-        grid=(pl.cdiv(rows, config.block_n) + long, blocks),
-        input_output_aliases={len(operands) - 1: 0} if y.dtype == out_dtype else {},
-        compiler_params=pltriton.CompilerParams(num_warps=config.num_warps, num_stages=1),
-        interpret=interpret,
-        name="sparse_rows",
-    )(*operands)
+def quads_of_part(words: int, rows: int, parts: int) -> tuple[int, int]:
+    """(C, H) of the module's drawing."""
+    return -(-words // (QUAD * parts)), longest_row(words, rows) // QUAD
 
 
-def _loads_before() -> None:
-    """Keeps the assembler from moving loads past this point: to save registers it would issue half of them late."""
-    pltriton.debug_barrier()
+def _parts_of(words: int, rows: int) -> int:
+    """As many for every multiprocessor, each of which holds what its threads take at once."""
+    most = max(-(-words // (QUAD * _LARGEST_PART)), -(-rows // _MOST_ROWS), 1)
+    return -(-most // _MULTIPROCESSORS) * _MULTIPROCESSORS
 
 
-def _nothing() -> None:
-    """In its place where nothing is assembled."""
+def _first_rows(starts: np.ndarray, words: int, parts: int) -> np.ndarray:
+    """Rows shared evenly where that is free: those without entries, and what H leaves."""
+    rows = starts.size - 1
+    size, halo = quads_of_part(words, rows, parts)
+    full = np.flatnonzero(np.diff(starts))
+    number = np.arange(1, parts)
+    # a row that begins before the part belongs to an earlier one, a row too far behind its beginning to this or a later
+    least = np.append(0, full + 1)[np.searchsorted(starts[full], number * size)]
+    most = np.append(full, rows)[np.searchsorted(starts[full + 1], number * size + halo, side="right")]
+    return np.concatenate([[0], np.clip(number * rows // parts, least, most), [rows]])
 
 
-def _kernel(config: Config, row_programs: int, issued: _Marker, x_ref, words_ref, starts_ref, *refs):
-    long_refs, y_refs = refs[:-2], refs[-2:]
-    program, first_token = pl.program_id(0), pl.program_id(1) * config.block_m
-
-    def short():
-        _short_rows(config, issued, program, first_token, x_ref, words_ref, starts_ref, y_refs)
-
-    def long():
-        _long_row(config, issued, program - row_programs, first_token, x_ref, words_ref, long_refs, y_refs)
-
-    if long_refs:
-        jax.lax.cond(program < row_programs, short, long)
-    else:
-        short()
-
-
-def _short_rows(config: Config, issued: _Marker, block, first_token, x_ref, words_ref, starts_ref, y_refs):
-    rows = starts_ref.shape[0] - 1
-    row = block * config.block_n + jnp.arange(config.block_n, dtype=jnp.int32)
-    inside = row < rows
-    start = pltriton.load(starts_ref.at[row], mask=inside, other=0)
-    stop = pltriton.load(starts_ref.at[row + 1], mask=inside, other=0)
-    place, mask = _outputs(config, row, inside, first_token, y_refs)
-    before = pltriton.load(y_refs[0].at[place], mask=mask, other=0.0)
-    begin, end = ((bound & ~_LONG) * _ALIGN for bound in (start, stop))
-    sums = _sum_entries(config, issued, x_ref, words_ref, begin, end, jnp.max(end - begin), config.chunk, first_token)
-    # empty rows are written too: they may have to change their type
-    place, mask = _outputs(config, row, inside & (start >= 0), first_token, y_refs)
-    pltriton.store(y_refs[1].at[place], (before + jnp.sum(sums, axis=1)).astype(y_refs[1].dtype), mask=mask)
-
-
-def _long_row(config: Config, issued: _Marker, which, first_token, x_ref, words_ref, long_refs, y_refs):
-    """All lanes take the entries in turn."""
-    rows_ref, starts_ref = long_refs
-    row = pltriton.load(rows_ref.at[which])
-    low, high = (pltriton.load(starts_ref.at[which + i]) * _ALIGN for i in range(2))
-    lanes = jnp.arange(config.block_n, dtype=jnp.int32)
-    begin, together = low + lanes * config.chunk, config.block_n * config.chunk
-    end = jnp.broadcast_to(high, (config.block_n,))
-    sums = _sum_entries(config, issued, x_ref, words_ref, begin, end, high - low, together, first_token)
-    place, mask = _outputs(config, row + lanes, (lanes == 0) & (row < y_refs[0].shape[1]), first_token, y_refs)
-    before = pltriton.load(y_refs[0].at[place], mask=mask, other=0.0)
-    total = before + jnp.sum(jnp.sum(sums, axis=1), axis=0, keepdims=True)
-    pltriton.store(y_refs[1].at[place], total.astype(y_refs[1].dtype), mask=mask)
-
-
-def _outputs(config: Config, row, keep, first_token, y_refs) -> tuple[Any, Any]:
-    """Index and mask of y at so many rows, [block_n] for one token and else [block_n, block_m]."""
-    if config.block_m == 1:
-        return (first_token, row), keep
-    token, shape = first_token + jnp.arange(config.block_m, dtype=jnp.int32), (config.block_n, config.block_m)
-    place = jnp.broadcast_to(token[None], shape), jnp.broadcast_to(row[:, None], shape)
-    return place, keep[:, None] & (token < y_refs[0].shape[0])[None]
-
-
-def _sum_entries(config: Config, issued: _Marker, x_ref, words_ref, begin, end, longest, stride, first_token):
-    """Products of entries begin + 0..chunk - 1, + stride, + 2 stride .. below end [block_n], summed over the strides.
-
-    float32 [block_n, chunk], and a last axis block_m if that is more than 1. longest: the largest of all end - begin.
-    """
-    shape: tuple[int, ...] = (config.block_n, config.chunk)
-    entry = begin[:, None] + jnp.arange(config.chunk, dtype=jnp.int32)[None]
-    last = jnp.broadcast_to(end[:, None], shape)
-
-    def spread(a):
-        return a if config.block_m == 1 else jnp.broadcast_to(a[:, :, None], (*shape, config.block_m))
-
-    token = first_token
-    if config.block_m > 1:
-        token += jnp.arange(config.block_m, dtype=jnp.int32)
-        token = jnp.broadcast_to(token[None, None], (*shape, config.block_m))
-    else:
-        token = jnp.broadcast_to(token, shape)
-
-    def add(i, sums):
-        # all words, then all inputs: as many loads on their way as registers allow
-        places = [entry + (i * config.depth + j) * stride for j in range(config.depth)]
-        there = [place < last for place in places]
-        words = [
-            pltriton.load(words_ref.at[place], mask=mask, other=jnp.uint32(0))
-            for place, mask in zip(places, there, strict=True)
-        ]
-        issued()
-        inputs = []
-        for word, mask in zip(words, there, strict=True):
-            column = spread(jax.lax.shift_right_logical(word, jnp.full(shape, 16, jnp.uint32)).astype(jnp.int32))
-            place = (token, column) if config.block_m == 1 else (column, token)
-            inputs.append(pltriton.load(x_ref.at[place], mask=spread(mask), other=0.0))
-        for word, values in zip(words, inputs, strict=True):
-            value = jax.lax.bitcast_convert_type(word.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
-            sums += values.astype(jnp.float32) * spread(value)
-        return sums
-
-    sums = add(0, jnp.zeros(shape if config.block_m == 1 else (*shape, config.block_m), jnp.float32))
-    step = stride * config.depth
-    # not pl.cdiv: the backend cannot lower its rounding towards minus infinity
-    return jax.lax.fori_loop(1, jax.lax.div(longest + step - 1, jnp.int32(step)), add, sums)
+def _rounded(count: int) -> int:
+    """At most a thirty-second more, a multiple of quads."""
+    step = max(1 << max(count.bit_length() - 6, 0), QUAD)
+    return -(-count // step) * step
