@@ -37,6 +37,7 @@ _REGISTERS = 32  # that inputs on their way may take
 _PASSES = 4  # at most so many rows a thread are asked for ahead
 _LONG_QUADS = 2  # of a long row at once by a thread
 _LOADS = {16: "v4.b32", 8: "v2.b32", 4: "b32", 2: "u16"}  # by their bytes
+_ONE_BY_ONE = '.pragma "nounroll";'  # more instructions take longer to arrive than they save
 _STORES = {  # how a float32 register becomes what is stored
     "float32": ("mov.b32 value, sum;", "b32", "value"),
     "bfloat16": ("cvt.rn.bf16.f32 low, sum;", "b16", "low"),
@@ -330,7 +331,7 @@ class _Text:
         self._add(f"and.b32 from, start{number}, {~LONG};", f"and.b32 to, stop{number}, {~LONG};")
         self._add("sub.u32 from, from, base;", "sub.u32 to, to, base;", "add.u32 from, from, piece;")
         self._add(f"mad.lo.u32 from, from, {each}, own_sums;", f"mad.lo.u32 to, to, {each}, $sums;")
-        self._add("mov.b32 sum, 0;", f"again{number}:")
+        self._add("mov.b32 sum, 0;", f"again{number}:", _ONE_BY_ONE)
         stride = each * self.pieces
         for i in range(4):
             self._add(f"add.u32 place, from, {i * stride};", "setp.lt.u32 there, place, to;", f"mov.b32 ahead{i}, 0;")
@@ -359,7 +360,7 @@ class _Text:
     def _long_rows(self) -> None:
         shape, each, number = self.shape, 4 * self.tokens, self.passes
         self._add("and.b32 lane, $thread, 127;", f"mad.lo.u32 token, $block, {self.tokens}, lane;")
-        self._add("mad.lo.u32 own_sums, warpgroup, " f"{4 * each}, $totals;", "add.u32 end, warpgroup, 1;", "long:")
+        self._add(f"mad.lo.u32 own_sums, warpgroup, {4 * each}, $totals;", "add.u32 end, warpgroup, 1;", "long:")
         self._add(f"setp.ge.u32 more, which, {shape.long_rows};", "@more bra.uni finished;")
         self._add("mad.wide.u32 at, which, 4, $long_rows;", "ld.global.nc.b32 row, [at];")
         self._add("mad.wide.u32 at, which, 4, $long_starts;", "ld.global.nc.b32 from, [at];")
@@ -367,7 +368,7 @@ class _Text:
         self._add(f"setp.lt.and.u32 there, token, {shape.tokens}, there;")
         self._add(f"setp.lt.and.u32 owned{number}, lane, {self.tokens}, there;")
         self._load_before(number)
-        self._add("add.u32 from, from, lane;", *(f"mov.b32 sum{m}, 0;" for m in range(self.tokens)), "longer:")
+        self._add("add.u32 from, from, lane;", *(f"mov.b32 sum{m}, 0;" for m in range(self.tokens)), "longer:", _ONE_BY_ONE)
         for i in range(_LONG_QUADS):
             self._add(f"add.u32 place, from, {i * compat.THREADS};", "setp.lt.u32 there, place, to;")
             self._load_quad(i)
@@ -383,7 +384,7 @@ class _Text:
         for warp in range(4):
             self._add(f"mov.b32 other, 0; @owned{number} ld.shared.b32 other, [place + {each * warp}];")
             self._add("add.rn.f32 sum, sum, other;")
-        self._add(f"and.pred there, owned{number}, owned{number};")
+        self._add(f"and.pred there, owned{number}, owned{number};")  # that there is a row to write
         self._write(number)
         self._add(f"bar.sync end, {compat.THREADS};")  # before the totals of another row take their place
         self._add(f"add.u32 which, which, {shape.parts * self.config.warpgroups};", "bra.uni long;", "finished:")

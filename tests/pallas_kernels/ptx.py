@@ -68,6 +68,12 @@ class Warp:
             return values[0] & 0xFFFF
         if name == "cvt.f32.f16":
             return values[0].astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+        if name in ("cvt.rn.bf16.f32", "cvt.rn.f16.f32"):
+            kind = _FLOATS[f"{rest[1]}x2"]
+            return values[0].astype(np.uint32).view(np.float32).astype(kind).view(np.uint16).astype(np.int64)
+        if name == "add.rn.f32":
+            a, b = (value.astype(np.uint32).view(np.float32) for value in values)
+            return (a + b).view(np.uint32).astype(np.int64)
         if name == "shl.b32":
             return values[0] << values[1] & word
         if name == "shf.l.wrap.b32":
@@ -79,7 +85,7 @@ class Warp:
             return (a * b + c).astype(np.float32).view(np.uint32)
         if name == "cvta.shared.u64":
             return values[0] + SHARED
-        if name == "and.b32":
+        if name in ("and.b32", "and.pred"):
             return values[0] & values[1]
         if name == "popc.b32":
             return np.array([int(value).bit_count() for value in values[0]])
@@ -87,12 +93,14 @@ class Warp:
             return (values[0] + (values[1] if kind == "add" else -values[1])) & word
         if name == "add.s64":
             return values[0] + values[1]
+        if name == "mul.lo.u32":
+            return values[0] * values[1] & word
         if name in ("mad.lo.u32", "mad.lo.s32"):
             return (values[0] * values[1] + values[2]) & word
         if name == "mad.wide.u32":
             return values[0] * values[1] + values[2]
         if kind == "setp":
-            compare = {"ne": np.not_equal, "eq": np.equal, "lt": np.less}[rest[0]]
+            compare = {"ne": np.not_equal, "eq": np.equal, "lt": np.less, "ge": np.greater_equal}[rest[0]]
             if rest[-1] == "s32":
                 values[:2] = [value.astype(np.uint32).view(np.int32) for value in values[:2]]
             found = compare(values[0], values[1])
@@ -120,3 +128,95 @@ class Warp:
             assert first % (count * size) == 0 and 0 <= first and end <= memory.size, (name, place, lane)
             found[:, lane] = memory[first:end].reshape(count, size).astype(np.int64) @ (1 << 8 * np.arange(size))
         return list(found)
+
+
+class Cta(Warp):
+    """All threads of a CTA, of which always those furthest behind in the text go on: they meet again where they can.
+
+    memory: arrays by name; their addresses are in `registers`, among which the caller puts the rest. Shared memory
+    begins as garbage. A barrier needs all threads that it is for, a shuffle all lanes of a warp: both are asserted.
+    """
+
+    def __init__(self, threads: int, shared: int, memory: dict[str, np.ndarray]) -> None:
+        super().__init__(np.full(shared, 0xAA, np.uint8), np.zeros(0, np.uint8))
+        self.threads, self.arrays = threads, [array.reshape(-1).view(np.uint8) for array in memory.values()]
+        for i, name in enumerate(memory):
+            self.registers[name] = np.full(threads, GLOBAL + (i << 36))
+
+    def run(self, text: str) -> None:
+        lines = [line.strip() for line in re.split(r";\s*|(?<=:)\s+", text.strip().strip("{}"))]
+        lines = [line for line in lines if line and not line.startswith((".reg", ".pragma"))]
+        labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+        places = np.zeros(self.threads, np.int64)
+        while (place := int(places.min())) < len(lines):
+            line, now = lines[place], places == place
+            places[now] += 1
+            if line.endswith(":"):
+                continue
+            active = now
+            if line.startswith("@"):
+                name, line = line[1:].split(maxsplit=1)
+                active = now & self.registers[name].astype(bool)
+            name, _, rest = line.partition(" ")
+            self.counts[name] = self.counts.get(name, 0) + int(active.any())
+            operands = re.findall(r"\[[^]]*\]|[\w.-]+", rest)
+            if name.startswith("bra"):
+                places[active] = labels[operands[0]]
+                assert name == "bra" or active.all() or not active.any() or np.all(self._warps(active) % 32 == 0), line
+            elif name == "bar.sync":
+                for barrier in np.unique(self._value(operands[0])[active]):
+                    there = active & (self._value(operands[0]) == barrier)
+                    assert there.sum() == (int(operands[1]) if len(operands) > 1 else self.threads), line
+            elif name.startswith("st."):
+                self._store(name, operands, active)
+            else:
+                self._write(name, operands, active)
+
+    def _warps(self, active: np.ndarray) -> np.ndarray:
+        return active.reshape(-1, 32).sum(axis=1)
+
+    def _write(self, name: str, operands: list[str], active: np.ndarray) -> None:
+        if name.startswith("shfl.sync.bfly"):
+            assert np.all(self._warps(active) % 32 == 0), name
+            results = [self.registers[operands[1]][np.arange(self.threads) ^ int(operands[2])]]
+        elif name.startswith("ld."):
+            results = self._load(name, operands[-1], active)
+        else:
+            results = [self._result(name, operands[1:])]
+        for register, result in zip(operands, results, strict=False):
+            result = np.broadcast_to(result, self.threads)
+            self.registers[register] = np.where(active, result, self.registers.get(register, np.zeros_like(result)))
+
+    def _value(self, operand: str) -> np.ndarray:
+        if operand[0] in "-0123456789":
+            return np.full(self.threads, int(operand, 0))
+        return self.registers[operand].astype(np.int64)
+
+    def _places(self, name: str, operand: str, active: np.ndarray) -> tuple[list[tuple[int, np.ndarray, int]], int]:
+        """(thread, array, first byte) of every active thread, and how many bytes a register has."""
+        base, _, offset = operand.strip("[]").partition("+")
+        address, size = self._value(base.strip()) + int(offset or 0), {"u16": 2, "b16": 2, "b32": 4}[name.rpartition(".")[2]]
+        whole, found = size * self._count(name), []
+        for thread in np.flatnonzero(active):
+            where = int(address[thread])
+            array = self.shared if ".shared" in name else self.arrays[(where - GLOBAL) >> 36]
+            first = where if ".shared" in name else (where - GLOBAL) & (1 << 36) - 1
+            assert first % whole == 0 and 0 <= first and first + whole <= array.size, (name, operand, thread)
+            found.append((thread, array, first))
+        return found, size
+
+    @staticmethod
+    def _count(name: str) -> int:
+        return int(found[1]) if (found := re.search(r"\.v(\d)", name)) else 1
+
+    def _load(self, name: str, place: str, active: np.ndarray) -> list[np.ndarray]:
+        found, (places, size) = np.zeros((self._count(name), self.threads), np.int64), self._places(name, place, active)
+        for thread, array, first in places:
+            found[:, thread] = array[first : first + size * len(found)].view(f"u{size}")
+        return list(found)
+
+    def _store(self, name: str, operands: list[str], active: np.ndarray) -> None:
+        places, size = self._places(name, operands[0], active)
+        values = np.stack([self.registers[register] for register in operands[1:]]).astype(f"u{size}")
+        for thread, array, first in places:
+            array[first : first + size * len(values)] = np.ascontiguousarray(values[:, thread]).view(np.uint8)
