@@ -4,7 +4,8 @@ values [nnz], columns [nnz], row_pointer int32 [N + 1] or rows int32 [nnz] ascen
 arXiv 2306.07629, about 0.45 % of all entries.
 
     gather_sum   jax.numpy, any device
-    add_rows     GPU: y + the sum, entries as `prepare_rows` lays them out
+    add_rows     GPU: y + the sum, entries as `prepare_rows` lays them out; the inputs of up to 16 tokens are gathered
+                 from shared memory on a Hopper GPU (`SharedConfig`), else from the cache (`Config`)
 
 `affine_matmul` and `codebook_matmul` can add the entries to their decoded weights instead: `prepare_tiles` lays them
 out, `adder` adds them.
@@ -17,6 +18,7 @@ from pallas_kernels.sparse_matmul.rows import SparseRows as SparseRows, prepare_
 from pallas_kernels.sparse_matmul.shared_token import (
     SharedConfig as SharedConfig,
     default_shared as default_shared,
+    no_shared_token as no_shared_token,
     shape_of as shape_of,
 )
 from pallas_kernels.sparse_matmul.tiles import (

@@ -45,7 +45,7 @@ def add_rows(
         raise ValueError(f"the sparse kernel cannot serve this: {reason}")
     if y.shape != (tokens, rows) or y.dtype != jnp.float32:
         raise ValueError(f"y is {y.dtype}{list(y.shape)}; expected float32{[tokens, rows]}")
-    if sparse.words.shape[0] == 0:
+    if sparse.words.shape[0] == 0:  # then no row is long
         return y.astype(out_dtype)
     shape = shape_of(x, sparse, out_dtype)
     reason = no_shared_token(shape)

@@ -66,7 +66,7 @@ def add_by_programs(
     if config.block_m > 1:  # an entry's tokens side by side: one load of up to 16 bytes
         x = jnp.pad(x, ((0, blocks * config.block_m - tokens), (0, 0))).T
     long = sparse.long_rows.shape[0]
-    operands = [x, sparse.words, sparse.starts, *([sparse.long_rows, sparse.long_starts] if long else []), y]
+    operands = [x, sparse.words, sparse.starts, *(sparse[-3:] if long else []), y]
     return pl.pallas_call(
         functools.partial(_kernel, config, pl.cdiv(rows, config.block_n), _nothing if interpret else _loads_before),
         out_shape=jax.ShapeDtypeStruct(y.shape, out_dtype),
@@ -95,7 +95,7 @@ def _kernel(config: Config, row_programs: int, issued: _Marker, x_ref, words_ref
         _short_rows(config, issued, program, first_token, x_ref, words_ref, starts_ref, y_refs)
 
     def long():
-        _long_row(config, issued, program - row_programs, first_token, x_ref, words_ref, long_refs, y_refs)
+        _long_row(config, issued, program - row_programs, first_token, x_ref, long_refs, y_refs)
 
     if long_refs:
         jax.lax.cond(program < row_programs, short, long)
@@ -118,9 +118,9 @@ def _short_rows(config: Config, issued: _Marker, block, first_token, x_ref, word
     pltriton.store(y_refs[1].at[place], (before + jnp.sum(sums, axis=1)).astype(y_refs[1].dtype), mask=mask)
 
 
-def _long_row(config: Config, issued: _Marker, which, first_token, x_ref, words_ref, long_refs, y_refs):
+def _long_row(config: Config, issued: _Marker, which, first_token, x_ref, long_refs, y_refs):
     """All lanes take the entries in turn."""
-    rows_ref, starts_ref = long_refs
+    words_ref, rows_ref, starts_ref = long_refs
     row = pltriton.load(rows_ref.at[which])
     low, high = (pltriton.load(starts_ref.at[which + i]) * QUAD for i in range(2))
     lanes = jnp.arange(config.block_n, dtype=jnp.int32)

@@ -3,17 +3,18 @@
 An entry is one word, column << 16 | float16 bits. A row's entries are padded to a multiple of 4, a quad, one load of 16
 bytes, by entries of value 0 in a column that the row has anyway:
 
-    words       uint32 [E]              rows in order, those of more than `longest_row` entries behind all others
-    starts      int32 [N + 1]           row n is words [4 starts[n], 4 starts[n + 1]); a long row is empty here, and
-                                        marked by the sign bit of its start
-    long_rows   int32 [L]               which rows are long, and N for none
-    long_starts int32 [L + 1]           where they lie, as starts
-    first_rows  int32 [P + 1]           rows first_rows[p] .. first_rows[p + 1] - 1 are those of part p
+    words       uint32 [E]          rows in order, without those of more than `longest_row` entries
+    starts      int32 [N + 1]       row n is words [4 starts[n], 4 starts[n + 1]); a long row is empty here, and marked
+                                    by the sign bit of its start
+    first_rows  int32 [P + 1]       rows first_rows[p] .. first_rows[p + 1] - 1 are those of part p
+    long_words  uint32 [F]          the long rows
+    long_rows   int32 [L]           which they are, and N for none
+    long_starts int32 [L + 1]       where they lie in long_words, as starts
 
-E and L are rounded up, so that layers with nearly as many entries share a compiled program.
+E, F and L are rounded up, so that layers with nearly as many entries share a compiled program.
 
 Parts are for a kernel that reads words before it knows where rows start: it follows from the shapes alone that the rows
-of part p lie in quads [p C, p C + C + H), where C = E / 4P, rounded up, and H is what the longest row has.
+of part p lie in quads [p C, p C + C + H), where C = E / 4P, rounded up, and H is what a row in `words` has at most.
 """
 
 from typing import NamedTuple
@@ -35,9 +36,15 @@ class SparseRows(NamedTuple):
 
     words: jax.Array
     starts: jax.Array
+    first_rows: jax.Array
+    long_words: jax.Array
     long_rows: jax.Array
     long_starts: jax.Array
-    first_rows: jax.Array
+
+    def part(self) -> tuple[int, int]:
+        """(C, H): quads that begin in a part, and what a row may have behind them."""
+        words, rows, parts = self.words.shape[0], self.starts.shape[0] - 1, self.first_rows.shape[0] - 1
+        return -(-words // (QUAD * parts)), _longest_row(words + self.long_words.shape[0], rows) // QUAD
 
 
 def prepare_rows(
@@ -54,42 +61,42 @@ def prepare_rows(
     if columns.size and int(columns.max()) >= LARGEST_K:
         raise ValueError(f"column {int(columns.max())} has no 16 bits; expected below {LARGEST_K}")
     counts = np.diff(pointer)
-    quads = -(-counts // QUAD)
-    size = _rounded(int(quads.sum()) * QUAD)
-    long_rows = np.flatnonzero(counts > longest_row(size, counts.size))
+    rows, quads = counts.size, -(-counts // QUAD)
+    long_rows = np.flatnonzero(counts > _longest_row(int(quads.sum()) * QUAD, rows))
     short = quads.copy()
     short[long_rows] = 0
     starts = np.concatenate([[0], np.cumsum(short)])
-    long_starts = starts[-1] + np.concatenate([[0], np.cumsum(quads[long_rows])])
+    long_starts = np.concatenate([[0], np.cumsum(quads[long_rows])])
+    sizes = [_rounded(int(bounds[-1]) * QUAD) for bounds in (starts, long_starts)]
+    sizes[0] = max(sizes[0], QUAD if sizes[1] else 0)  # something to read, if all rows are long
     first = starts[:-1].copy()
-    first[long_rows] = long_starts[:-1]
-    first_rows = _first_rows(starts, size, parts or _parts_of(size, counts.size))
-    starts[long_rows] |= LONG
+    first[long_rows] = long_starts[:-1] + sizes[0] // QUAD
 
     entries = columns.astype(np.uint32) << 16 | values.view(np.uint16).astype(np.uint32)
     # every slot of a row repeats its last entry's column; the entries then overwrite all but the padding
-    words = np.zeros(size, np.uint32)
-    row = np.repeat(np.arange(counts.size), quads * QUAD)
+    words = np.zeros(sum(sizes), np.uint32)
+    row = np.repeat(np.arange(rows), quads * QUAD)
     slot = np.arange(row.size) - np.repeat(np.cumsum(quads) - quads, quads * QUAD) * QUAD
     if entries.size:
         words[first[row] * QUAD + slot] = entries[pointer[row + 1] - 1] & np.uint32(0xFFFF0000)
-        row = np.repeat(np.arange(counts.size), counts)
+        row = np.repeat(np.arange(rows), counts)
         words[first[row] * QUAD + np.arange(row.size) - pointer[row]] = entries
     none = (1 << (long_rows.size - 1).bit_length()) - long_rows.size if long_rows.size else 0
-    long_rows = np.pad(long_rows, (0, none), constant_values=counts.size)
-    long_starts = np.pad(long_starts, (0, none), mode="edge")
-    arrays = (jnp.asarray(a.astype(np.int32)) for a in (starts, long_rows, long_starts, first_rows))
-    return SparseRows(jnp.asarray(words), *arrays)
+    first_rows = np.zeros((parts or _parts_of(sizes[0], rows)) + 1)
+    marked = starts.copy()
+    marked[long_rows] |= LONG
+    made = SparseRows(
+        *(words[: sizes[0]], marked, first_rows, words[sizes[0] :]),
+        np.pad(long_rows, (0, none), constant_values=rows),
+        np.pad(long_starts, (0, none), mode="edge"),
+    )
+    made = made._replace(first_rows=_first_rows(starts, first_rows.size - 1, *made.part()))
+    return SparseRows(*(jnp.asarray(a if a.dtype == np.uint32 else a.astype(np.int32)) for a in made))
 
 
-def longest_row(words: int, rows: int) -> int:
+def _longest_row(words: int, rows: int) -> int:
     """Beyond twice the mean a row gets a program of its own; there are at most half as many of them as rows."""
-    return max(64, -(-2 * words // max(rows, 1) // 32) * 32)
-
-
-def quads_of_part(words: int, rows: int, parts: int) -> tuple[int, int]:
-    """(C, H) of the module's drawing."""
-    return -(-words // (QUAD * parts)), longest_row(words, rows) // QUAD
+    return max(64, -(-2 * words // (32 * max(rows, 1))) * 32)
 
 
 def _parts_of(words: int, rows: int) -> int:
@@ -98,10 +105,9 @@ def _parts_of(words: int, rows: int) -> int:
     return -(-most // _MULTIPROCESSORS) * _MULTIPROCESSORS
 
 
-def _first_rows(starts: np.ndarray, words: int, parts: int) -> np.ndarray:
+def _first_rows(starts: np.ndarray, parts: int, size: int, halo: int) -> np.ndarray:
     """Rows shared evenly where that is free: those without entries, and what H leaves."""
     rows = starts.size - 1
-    size, halo = quads_of_part(words, rows, parts)
     full = np.flatnonzero(np.diff(starts))
     number = np.arange(1, parts)
     # a row that begins before the part belongs to an earlier one, a row too far behind its beginning to this or a later

@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.compat import Value
-from pallas_kernels.sparse_matmul.rows import LONG, QUAD, SparseRows, quads_of_part
+from pallas_kernels.sparse_matmul.rows import LONG, QUAD, SparseRows
 
 LARGEST_TOKENS = 16
 _SHARED_BYTES = 232448 - 1024  # what a CTA can have, less what the compiler may want
@@ -47,7 +47,7 @@ _STORES = {  # how a float32 register becomes what is stored
 
 @dataclasses.dataclass(frozen=True)
 class SharedConfig:
-    """block_m tokens, 1, 2, 4 or 8, in a CTA of so many warpgroups; `lanes` >= block_m threads, up to 32, add up a row."""
+    """block_m tokens, 1, 2, 4 or 8, in a CTA of so many warpgroups; `lanes` threads, block_m to 32, add up a row."""
 
     block_m: int
     warpgroups: int
@@ -61,7 +61,7 @@ class Shape:
     tokens: int
     columns: int
     rows: int
-    quads: int  # of all words
+    quads: int  # of `words`
     parts: int
     part: int  # quads that begin in a part, C
     halo: int  # and those of its last row behind them, H
@@ -72,9 +72,8 @@ class Shape:
 
 def shape_of(x: Any, sparse: SparseRows, out_dtype: jax.typing.DTypeLike) -> Shape:
     words, rows, parts = sparse.words.shape[0], sparse.starts.shape[0] - 1, sparse.first_rows.shape[0] - 1
-    size, halo = quads_of_part(words, rows, parts)
     kinds = jnp.dtype(x.dtype).name, jnp.dtype(out_dtype).name
-    return Shape(*x.shape, rows, words // QUAD, parts, size, halo, sparse.long_rows.shape[0], *kinds)
+    return Shape(*x.shape, rows, words // QUAD, parts, *sparse.part(), sparse.long_rows.shape[0], *kinds)
 
 
 def default_shared(shape: Shape) -> SharedConfig:
@@ -119,7 +118,7 @@ def add_from_shared(
     shape = shape_of(x, sparse, out_dtype)
     arrays: dict[str, Any] = {"x": x, **sparse._asdict(), "y": y}
     if not shape.long_rows:
-        del arrays["long_rows"], arrays["long_starts"]
+        arrays = {name: array for name, array in arrays.items() if not name.startswith("long_")}
     names = [*arrays, "out", "inputs", "sums", "totals"]
     text, constraints = _numbered(kernel_text(shape, config), names, ["thread", "part", "block"])
 
@@ -150,7 +149,7 @@ def add_from_shared(
 
 
 def _numbered(text: str, arrays: list[str], registers: list[str]) -> tuple[str, str]:
-    """The text with its operands numbered, and their kinds: addresses, the last three in shared memory, and integers."""
+    """The text with its operands numbered, and their kinds: addresses, the last three in shared memory, integers."""
     names = [*arrays, *registers]
     kinds = ["l"] * (len(arrays) - 3) + ["r"] * (3 + len(registers))
     return string.Template(text).substitute({name: f"${i}" for i, name in enumerate(names)}), ",".join(kinds)
@@ -201,7 +200,7 @@ class _Text:
         names = "first last base place begin row lane piece token own_sums from to sum other value which warpgroup end"
         self._add(
             "{ .reg .b64 at; .reg .b16 low, high; .reg .pred there, more, both;",
-            f".reg .pred owned<{self.passes + 1}>, valid<{self.tokens}>;",
+            f".reg .pred owned<{self.passes + 1}>, valid<{self.tokens}>, some<{_LONG_QUADS}>;",
             f".reg .b32 {', '.join(names.split())};",
             *(f".reg .b32 {name}<{count}>;" for name, count in counts.items()),
         )
@@ -214,13 +213,13 @@ class _Text:
             self._add(f"add.u32 place, $thread, {quad * self.threads};")
             self._add(f"setp.lt.u32 there, place, {self.shape.part + self.shape.halo};", "add.u32 place, place, base;")
             self._add(f"setp.lt.and.u32 there, place, {self.shape.quads}, there;")
-            self._load_quad(quad)
+            self._load_quad("words", quad, "there")
 
-    def _load_quad(self, quad: int) -> None:
-        """Quad `place`, if it is there."""
+    def _load_quad(self, array: str, quad: int, there: str) -> None:
+        """Quad `place` of an array, if it is there, as registers 4 quad .. 4 quad + 3."""
         words = [f"word{4 * quad + i}" for i in range(QUAD)]
-        self._add("mad.wide.u32 at, place, 16, $words;", *(f"mov.b32 {word}, 0;" for word in words))
-        self._add(f"@there ld.global.nc.L1::no_allocate.v4.b32 {_group(words)}, [at];")
+        self._add(f"mad.wide.u32 at, place, 16, ${array};", *(f"mov.b32 {word}, 0;" for word in words))
+        self._add(f"@{there} ld.global.nc.L1::no_allocate.v4.b32 {_group(words)}, [at];")
 
     def _copy_inputs(self) -> None:
         """Tokens to shared memory. Bounds of rows are asked for while the first of them are on their way."""
@@ -238,7 +237,9 @@ class _Text:
             loads: list[str] = []
             stores: list[str] = []
             for number, round_ in enumerate(rounds[start : start + batch]):
-                inputs = [[f"input{(number * self.tokens + m) * words + i}" for i in range(words)] for m in range(self.tokens)]
+                inputs = [
+                    [f"input{(number * self.tokens + m) * words + i}" for i in range(words)] for m in range(self.tokens)
+                ]
                 unit = [f"add.u32 place, $thread, {round_ * self.threads};"]
                 unit += [f"setp.lt.u32 there, place, {columns * 2 // size};"]
                 loads += [*unit, f"mad.lo.u32 other, place, {size // 2}, begin;", "mad.wide.u32 at, other, 2, $x;"]
@@ -295,13 +296,16 @@ class _Text:
         self._add(f"mad.lo.u32 {index}, token, {self.shape.rows}, row;", f"mad.wide.u32 at, {index}, 4, $y;")
         self._add(f"mov.b32 {before}, 0;", f"@owned{number} ld.global.nc.b32 {before}, [at];")
 
-    def _multiply(self, quad: int) -> None:
-        """Adds the products of a quad to sum0 .. of each token."""
+    def _multiply(self, quad: int, there: str | None = None) -> None:
+        """Adds the products of a quad to sum0 .. of each token; if it may not be there, reading no input then."""
         each, words = 2 * self.tokens, max(self.tokens // 2, 1)
         gathered = [[f"input{words * i + j}" for j in range(words)] for i in range(QUAD)]
         for i, registers in enumerate(gathered):
             self._add(f"shr.u32 place, word{4 * quad + i}, 16;", f"mad.lo.u32 place, place, {each}, $inputs;")
-            self._add(f"ld.shared.{_LOADS[each]} {_group(registers)}, [place];")
+            if there is not None:
+                self._add(*(f"mov.b32 {register}, 0;" for register in registers))
+            guard = "" if there is None else f"@{there} "
+            self._add(f"{guard}ld.shared.{_LOADS[each]} {_group(registers)}, [place];")
         for i, registers in enumerate(gathered):
             self._add(f"cvt.u16.u32 low, word{4 * quad + i};", "cvt.f32.f16 value, low;")
             for m in range(self.tokens):
@@ -368,12 +372,14 @@ class _Text:
         self._add(f"setp.lt.and.u32 there, token, {shape.tokens}, there;")
         self._add(f"setp.lt.and.u32 owned{number}, lane, {self.tokens}, there;")
         self._load_before(number)
-        self._add("add.u32 from, from, lane;", *(f"mov.b32 sum{m}, 0;" for m in range(self.tokens)), "longer:", _ONE_BY_ONE)
+        self._add(
+            "add.u32 from, from, lane;", *(f"mov.b32 sum{m}, 0;" for m in range(self.tokens)), "longer:", _ONE_BY_ONE
+        )
         for i in range(_LONG_QUADS):
-            self._add(f"add.u32 place, from, {i * compat.THREADS};", "setp.lt.u32 there, place, to;")
-            self._load_quad(i)
+            self._add(f"add.u32 place, from, {i * compat.THREADS};", f"setp.lt.u32 some{i}, place, to;")
+            self._load_quad("long_words", i, f"some{i}")
         for i in range(_LONG_QUADS):
-            self._multiply(i)
+            self._multiply(i, f"some{i}")
         self._add(f"add.u32 from, from, {_LONG_QUADS * compat.THREADS};", "setp.lt.u32 more, from, to;")
         self._add("@more bra longer;")
         self._add("and.b32 place, lane, 31;", "setp.eq.u32 there, place, 0;")

@@ -195,7 +195,10 @@ class Cta(Warp):
     def _places(self, name: str, operand: str, active: np.ndarray) -> tuple[list[tuple[int, np.ndarray, int]], int]:
         """(thread, array, first byte) of every active thread, and how many bytes a register has."""
         base, _, offset = operand.strip("[]").partition("+")
-        address, size = self._value(base.strip()) + int(offset or 0), {"u16": 2, "b16": 2, "b32": 4}[name.rpartition(".")[2]]
+        address, size = (
+            self._value(base.strip()) + int(offset or 0),
+            {"u16": 2, "b16": 2, "b32": 4}[name.rpartition(".")[2]],
+        )
         whole, found = size * self._count(name), []
         for thread in np.flatnonzero(active):
             where = int(address[thread])
