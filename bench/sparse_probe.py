@@ -11,9 +11,10 @@ bfloat16 product of the same shape in the same process, and the relative error a
 weight: of all outputs, and of the worst single output, where an entry that is missing would show. Kinds with "uneven"
 have some rows and columns full of entries. Results go to a file if --out names one; a row that fails says why.
 
-With --rows it is `add_rows` alone, without a base, for each number of tokens up to 32: in its default configuration,
-then in others of `SWEEP`. A transposition of x that XLA makes beside it is counted; differences are to the default in
-float32, bfloat16's rounding of the result included.
+With --rows it is `add_rows` alone, without a base, for each number of tokens up to 32 (`--tokens 1,2,4,8,16`): the
+kernel that gathers through the cache in its default configuration, the one that gathers from shared memory for each
+number of parts, its default first, then others of the former (`SWEEP`). A transposition of x that XLA makes beside it
+is counted; differences are to the first in float32, bfloat16's rounding of the result included.
 """
 
 import argparse
@@ -32,7 +33,16 @@ from bench.device_time import device_time, warm_up
 from bench.matmul import dense_times, random_weight, tokens_of
 from jquant.format.spec import QuantSpec
 from jquant.format.weights import sparse_residual
-from pallas_kernels.sparse_matmul import Config, add_rows, default_config, prepare_rows
+from pallas_kernels.sparse_matmul import (
+    Config,
+    SharedConfig,
+    SparseRows,
+    add_rows,
+    default_config,
+    default_shared,
+    prepare_rows,
+    shape_of,
+)
 
 N, K = 28672, 8192
 TOKENS = (1, 8, 16, 64, 256, 2048)
@@ -52,6 +62,8 @@ SWEEP = [  # block_n, chunk, depth, block_m, num_warps
     ]
 ]
 
+PARTS, WARPGROUPS = (132, 264), (4, 6, 8)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,7 +71,7 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--size", default=f"{N},{K}", help="N,K")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--rows", action="store_true", help="only the product by row, in many configurations")
+    parser.add_argument("--rows", action="store_true", help="only the product by row, either kernel in many ways")
     options = parser.parse_args()
     n, k = (int(text) for text in options.size.split(","))
     tokens = [int(text) for text in options.tokens.split(",")]
@@ -91,28 +103,37 @@ def main() -> None:
 
 
 def sweep_rows(n: int, k: int, tokens: list[int]) -> None:
-    """Prints the time of `add_rows` for rows of about 0.45 % of the inputs, in each configuration."""
-    copies = []
-    for seed in range(16):  # 75 MB, more than the L2 cache holds
-        rng = np.random.default_rng(seed)
-        counts = np.random.default_rng(0).binomial(k, 0.0045, n)
-        columns = rng.integers(0, k, counts.sum()).astype(np.uint16)
-        pointer = np.concatenate([[0], np.cumsum(counts)])
-        copies.append(prepare_rows(rng.normal(size=columns.size).astype(np.float16), columns, pointer))
+    """Prints the time of `add_rows` for rows of about 0.45 % of the inputs: either kernel, in each configuration."""
+    copies = {parts: [entries_of(n, k, seed, parts) for seed in range(16)] for parts in PARTS}  # 75 MB, past the L2
     for m in tokens:
         first = tokens_of(m, k), jax.random.normal(jax.random.key(0), (m, n))
-        expected = add_rows(first[1], first[0], copies[0])
         default = default_config(m)
-        others = [each for each in SWEEP if each != default and each.block_m < 2 * m <= 8 * each.block_m]
-        for config in [default, *others]:
+        expected = add_rows(first[1], first[0], copies[PARTS[0]][0], config=default)
+        tries: list[tuple[Config | SharedConfig, int]] = [(default, PARTS[0])]
+        for parts in PARTS:
+            shape = shape_of(first[0], copies[parts][0], first[0].dtype)
+            usual = default_shared(shape)
+            others = (SharedConfig(usual.block_m, w, r * usual.lanes) for r in (1, 2) for w in WARPGROUPS)
+            tries += [(each, parts) for each in (usual, *(other for other in others if other != usual))]
+        tries += [(each, PARTS[0]) for each in SWEEP if each != default and each.block_m < 2 * m <= 8 * each.block_m]
+        for config, parts in tries:
             run = jax.jit(lambda xy, rows, c=config: add_rows(xy[1], xy[0], rows, out_dtype=xy[0].dtype, config=c))
             try:
-                worst = float(jnp.max(jnp.abs(run(first, copies[0]) - expected)))
-                warm_up(run, first, copies)
-                text = f"{device_time(run, first, copies):8.2f} us, largest difference {worst:.1e}"
+                worst = float(jnp.max(jnp.abs(run(first, copies[parts][0]) - expected)))
+                warm_up(run, first, copies[parts])
+                text = f"{device_time(run, first, copies[parts]):8.2f} us, largest difference {worst:.1e}"
             except Exception as error:
                 text = f"FAILED {type(error).__name__}: {error}"[:300]
-            print(f"rows alone M={m:<4d} {config}: {text}", flush=True)
+            print(f"rows alone M={m:<4d} {parts} parts {config}: {text}", flush=True)
+
+
+def entries_of(n: int, k: int, seed: int, parts: int) -> SparseRows:
+    """Random entries by row, as many in each row whatever the seed."""
+    rng = np.random.default_rng(seed)
+    counts = np.random.default_rng(0).binomial(k, 0.0045, n)
+    columns = rng.integers(0, k, counts.sum()).astype(np.uint16)
+    pointer = np.concatenate([[0], np.cumsum(counts)])
+    return prepare_rows(rng.normal(size=columns.size).astype(np.float16), columns, pointer, parts=parts)
 
 
 def layer_of(spec: str, n: int, k: int, seed: int, uneven: bool) -> Any:

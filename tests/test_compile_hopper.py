@@ -22,6 +22,7 @@ from jquant.format.spec import QuantSpec
 from jquant.linear import hopper, linear, preparation, xla
 from pallas_kernels.activation_quantize import quantize_rows
 from pallas_kernels.activation_quantize.xla import Mode
+from pallas_kernels.sparse_matmul import choice
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,7 +62,7 @@ def h200() -> Any:
 def test_registers_suffice_and_no_weight_is_decoded(
     spec: str, h200: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for module in (hopper, preparation):
+    for module in (hopper, preparation, choice):
         monkeypatch.setattr(module, "no_hopper", lambda: None)
     for module in (preparation, xla):
         monkeypatch.setattr(module, "platform", lambda: "gpu")

@@ -43,8 +43,8 @@ class SparseRows(NamedTuple):
 
     def part(self) -> tuple[int, int]:
         """(C, H): quads that begin in a part, and what a row may have behind them."""
-        words, rows, parts = self.words.shape[0], self.starts.shape[0] - 1, self.first_rows.shape[0] - 1
-        return -(-words // (QUAD * parts)), _longest_row(words + self.long_words.shape[0], rows) // QUAD
+        words = self.words.shape[0], self.long_words.shape[0]
+        return _part(words, self.starts.shape[0] - 1, self.first_rows.shape[0] - 1)
 
 
 def prepare_rows(
@@ -67,14 +67,14 @@ def prepare_rows(
     short[long_rows] = 0
     starts = np.concatenate([[0], np.cumsum(short)])
     long_starts = np.concatenate([[0], np.cumsum(quads[long_rows])])
-    sizes = [_rounded(int(bounds[-1]) * QUAD) for bounds in (starts, long_starts)]
-    sizes[0] = max(sizes[0], QUAD if sizes[1] else 0)  # something to read, if all rows are long
+    size, long_size = (_rounded(int(bounds[-1]) * QUAD) for bounds in (starts, long_starts))
+    size = max(size, QUAD if long_size else 0)  # something to read, if all rows are long
     first = starts[:-1].copy()
-    first[long_rows] = long_starts[:-1] + sizes[0] // QUAD
+    first[long_rows] = long_starts[:-1] + size // QUAD
 
     entries = columns.astype(np.uint32) << 16 | values.view(np.uint16).astype(np.uint32)
     # every slot of a row repeats its last entry's column; the entries then overwrite all but the padding
-    words = np.zeros(sum(sizes), np.uint32)
+    words = np.zeros(size + long_size, np.uint32)
     row = np.repeat(np.arange(rows), quads * QUAD)
     slot = np.arange(row.size) - np.repeat(np.cumsum(quads) - quads, quads * QUAD) * QUAD
     if entries.size:
@@ -82,16 +82,24 @@ def prepare_rows(
         row = np.repeat(np.arange(rows), counts)
         words[first[row] * QUAD + np.arange(row.size) - pointer[row]] = entries
     none = (1 << (long_rows.size - 1).bit_length()) - long_rows.size if long_rows.size else 0
-    first_rows = np.zeros((parts or _parts_of(sizes[0], rows)) + 1)
-    marked = starts.copy()
-    marked[long_rows] |= LONG
-    made = SparseRows(
-        *(words[: sizes[0]], marked, first_rows, words[sizes[0] :]),
-        np.pad(long_rows, (0, none), constant_values=rows),
-        np.pad(long_starts, (0, none), mode="edge"),
+    parts = parts or _parts_of(size, rows)
+    first_rows = _first_rows(starts, parts, *_part((size, long_size), rows, parts))
+    starts[long_rows] |= LONG
+    long_rows = np.pad(long_rows, (0, none), constant_values=rows)
+    long_starts = np.pad(long_starts, (0, none), mode="edge")
+    return SparseRows(
+        words=jnp.asarray(words[:size]),
+        starts=jnp.asarray(starts.astype(np.int32)),
+        first_rows=jnp.asarray(first_rows.astype(np.int32)),
+        long_words=jnp.asarray(words[size:]),
+        long_rows=jnp.asarray(long_rows.astype(np.int32)),
+        long_starts=jnp.asarray(long_starts.astype(np.int32)),
     )
-    made = made._replace(first_rows=_first_rows(starts, first_rows.size - 1, *made.part()))
-    return SparseRows(*(jnp.asarray(a if a.dtype == np.uint32 else a.astype(np.int32)) for a in made))
+
+
+def _part(words: tuple[int, int], rows: int, parts: int) -> tuple[int, int]:
+    """(C, H) of so many words, and words of long rows."""
+    return -(-words[0] // (QUAD * parts)), _longest_row(sum(words), rows) // QUAD
 
 
 def _longest_row(words: int, rows: int) -> int:

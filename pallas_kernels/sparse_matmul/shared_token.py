@@ -71,9 +71,19 @@ class Shape:
 
 
 def shape_of(x: Any, sparse: SparseRows, out_dtype: jax.typing.DTypeLike) -> Shape:
-    words, rows, parts = sparse.words.shape[0], sparse.starts.shape[0] - 1, sparse.first_rows.shape[0] - 1
-    kinds = jnp.dtype(x.dtype).name, jnp.dtype(out_dtype).name
-    return Shape(*x.shape, rows, words // QUAD, parts, *sparse.part(), sparse.long_rows.shape[0], *kinds)
+    part, halo = sparse.part()
+    return Shape(
+        tokens=x.shape[0],
+        columns=x.shape[1],
+        rows=sparse.starts.shape[0] - 1,
+        quads=sparse.words.shape[0] // QUAD,
+        parts=sparse.first_rows.shape[0] - 1,
+        part=part,
+        halo=halo,
+        long_rows=sparse.long_rows.shape[0],
+        dtype=jnp.dtype(x.dtype).name,
+        out_dtype=jnp.dtype(out_dtype).name,
+    )
 
 
 def default_shared(shape: Shape) -> SharedConfig:

@@ -162,13 +162,13 @@ def test_on_the_device(tokens: int, dtype: str) -> None:
         rows = np.repeat(np.arange(len(counts)), np.diff(pointer)).astype(np.int32)
         for out_dtype in ("float32", dtype):
             config = default_shared(shape_of(x, sparse, out_dtype))
-            run = jax.jit(lambda *a, o=out_dtype, c=config: add_rows(*a, out_dtype=o, config=c))
-            found = run(jnp.asarray(y), jnp.asarray(x), sparse)
+            found = add_rows(jnp.asarray(y), jnp.asarray(x), sparse, out_dtype=out_dtype, config=config)
             # 1001 float32 products of order one in the longest row
             expected = y + x.astype(np.float64) @ dense.T
             half = float(jnp.finfo(found.dtype).eps) / 2
             np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1.01 * half, atol=3e-4)
-            other = gather_sum(*(jnp.asarray(a) for a in (x, values, column, rows)), len(counts))
+            entries = [jnp.asarray(a) for a in (values, column, rows)]
+            other = gather_sum(jnp.asarray(x), entries[0], entries[1], entries[2], len(counts))
             np.testing.assert_allclose(found.astype(jnp.float32), y + other, rtol=2 * half, atol=3e-4)
 
 
