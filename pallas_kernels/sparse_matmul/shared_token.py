@@ -187,9 +187,10 @@ class _Text:
         self.quads = range(-(-(shape.part + shape.halo) // self.threads))
         self.lines: list[str] = []
         self._registers()
-        self._load_words()
+        self._add("mad.wide.u32 at, $part, 4, $first_rows;", "ld.global.nc.b32 first, [at];")
+        self._add("ld.global.nc.b32 last, [at + 4];", f"mul.lo.u32 base, $part, {shape.part};")
         self._copy_inputs()
-        self._add("bar.sync 0;")
+        self._wait_for_inputs()
         for quad in self.quads:
             self._store_sums(quad)
         self._add("bar.sync 0;")
@@ -211,28 +212,29 @@ class _Text:
         self._add(
             "{ .reg .b64 at; .reg .b16 low, high; .reg .pred there, more, both;",
             f".reg .pred owned<{self.passes + 1}>, valid<{self.tokens}>, some<{_LONG_QUADS}>;",
-            f".reg .b32 {', '.join(names.split())};",
+            f".reg .b32 shift, {', '.join(names.split())};",
             *(f".reg .b32 {name}<{count}>;" for name, count in counts.items()),
         )
 
     def _load_words(self) -> None:
-        """Where the rows of the part are, then its quads. What is not there is zero: an input that exists."""
-        self._add("mad.wide.u32 at, $part, 4, $first_rows;", "ld.global.nc.b32 first, [at];")
-        self._add("ld.global.nc.b32 last, [at + 4];", f"mul.lo.u32 base, $part, {self.shape.part};")
+        """The quads of the part. What is not there is zero: an input that exists."""
+        whole = self.shape.part + self.shape.halo
+        self._add("add.u32 place, $thread, base;", "mad.wide.u32 at, place, 16, $words;")
         for quad in self.quads:
-            self._add(f"add.u32 place, $thread, {quad * self.threads};")
-            self._add(f"setp.lt.u32 there, place, {self.shape.part + self.shape.halo};", "add.u32 place, place, base;")
-            self._add(f"setp.lt.and.u32 there, place, {self.shape.quads}, there;")
-            self._load_quad("words", quad, "there")
+            before = quad * self.threads  # a difference as a constant: one address serves all
+            self._add(f"setp.lt.s32 there, $thread, {whole - before};")
+            self._add(f"setp.lt.and.s32 there, place, {self.shape.quads - before}, there;")
+            self._load_quad(quad, "there", 16 * before)
 
-    def _load_quad(self, array: str, quad: int, there: str) -> None:
-        """Quad `place` of an array, if it is there, as registers 4 quad .. 4 quad + 3."""
+    def _load_quad(self, quad: int, there: str, offset: int = 0) -> None:
+        """The quad at an address, if it is there, as registers 4 quad .. 4 quad + 3."""
         words = [f"word{4 * quad + i}" for i in range(QUAD)]
-        self._add(f"mad.wide.u32 at, place, 16, ${array};", *(f"mov.b32 {word}, 0;" for word in words))
-        self._add(f"@{there} ld.global.nc.L1::no_allocate.v4.b32 {_group(words)}, [at];")
+        self._add(*(f"mov.b32 {word}, 0;" for word in words))
+        self._add(f"@{there} ld.global.nc.L1::no_allocate.v4.b32 {_group(words)}, [at + {offset}];")
 
     def _copy_inputs(self) -> None:
-        """Tokens to shared memory. Bounds of rows are asked for while the first of them are on their way."""
+        """Tokens to shared memory. All else is asked for while the first of them are on their way: words come from
+        farther, bounds of rows need `first`."""
         columns = self.shape.columns
         widest = 16 if self.tokens == 1 else 4  # of one token they stay as they are
         size = next(size for size in _LOADS if size <= widest and 2 * columns % size == 0)
@@ -242,26 +244,34 @@ class _Text:
             self._add(f"setp.lt.u32 valid{m}, token, {self.shape.tokens};")
         self._add(f"mul.lo.u32 begin, $block, {self.tokens * columns};")
         rounds = range(-(-columns * 2 // (size * self.threads)))
-        batch = max(_REGISTERS // (words * self.tokens), 1)
+        # past the registers: waiting for what is copied so is not waiting for words
+        past = self.tokens == 1 and size >= 4
+        batch = len(rounds) if past else max(_REGISTERS // (words * self.tokens), 1)
         for start in range(0, len(rounds), batch):
-            loads: list[str] = []
             stores: list[str] = []
             for number, round_ in enumerate(rounds[start : start + batch]):
+                unit = [f"add.u32 place, $thread, {round_ * self.threads};"]
+                unit += [f"setp.lt.u32 there, place, {columns * 2 // size};"]
+                self._add(*unit, f"mad.lo.u32 other, place, {size // 2}, begin;", "mad.wide.u32 at, other, 2, $x;")
+                if past:
+                    self._add(f"mad.lo.u32 place, place, {size}, $inputs;")
+                    self._add(f"@there cp.async.ca.shared.global [place], [at], {size};")
+                    continue
                 inputs = [
                     [f"input{(number * self.tokens + m) * words + i}" for i in range(words)] for m in range(self.tokens)
                 ]
-                unit = [f"add.u32 place, $thread, {round_ * self.threads};"]
-                unit += [f"setp.lt.u32 there, place, {columns * 2 // size};"]
-                loads += [*unit, f"mad.lo.u32 other, place, {size // 2}, begin;", "mad.wide.u32 at, other, 2, $x;"]
                 for m, registers in enumerate(inputs):
-                    loads += [f"mov.b32 {register}, 0;" for register in registers]
-                    loads += [f"and.pred both, there, valid{m};"]
-                    loads += [f"@both ld.global.nc.{_LOADS[size]} {_group(registers)}, [at + {2 * m * columns}];"]
+                    self._add(
+                        *(f"mov.b32 {register}, 0;" for register in registers), f"and.pred both, there, valid{m};"
+                    )
+                    self._add(f"@both ld.global.nc.{_LOADS[size]} {_group(registers)}, [at + {2 * m * columns}];")
                 stores += unit + self._store_inputs(inputs, size)
-            self._add(*loads)
             if start == 0:
+                self._load_words()
                 self._load_bounds()
             self._add(*stores)
+        if past:  # behind a barrier that needs what was loaded, or the assembler would have the wait in front of loads
+            self._add("setp.le.u32 more, first, last;", "bar.red.and.pred more, 0, more;", "cp.async.wait_all;")
 
     def _store_inputs(self, inputs: list[list[str]], size: int) -> list[str]:
         """The inputs that a thread loaded of each token, those of `place`, as shared memory has them."""
@@ -278,6 +288,11 @@ class _Text:
             group = pairs[i : i + 4]
             lines.append(f"@there st.shared.{_LOADS[4 * len(group)]} [place + {4 * i}], {_group(group)};")
         return lines
+
+    def _wait_for_inputs(self) -> None:
+        """A barrier that answers what to shift words by. Without it the assembler would move the first use of words in
+        front of the barrier, where all threads of the CTA would wait for the words of all."""
+        self._add("setp.eq.u32 more, 0, 0;", "bar.red.and.pred more, 0, more;", "selp.b32 shift, 16, 0, more;")
 
     def _load_bounds(self) -> None:
         shape, lanes = self.shape, self.config.lanes
@@ -296,22 +311,23 @@ class _Text:
         self._add("setp.lt.u32 there, row, last;", "mad.wide.u32 at, row, 4, $starts;")
         self._add(f"mov.b32 {start}, base;", f"mov.b32 {stop}, base;")
         self._add(f"@there ld.global.nc.b32 {start}, [at];", f"@there ld.global.nc.b32 {stop}, [at + 4];")
-        self._add(f"setp.lt.and.u32 there, token, {self.shape.tokens}, there;")
-        self._add(f"setp.lt.and.u32 owned{number}, piece, 1, there;")
-        self._load_before(number)
-        self._add(f"add.u32 row, row, {self.rows};")
+        if self.shape.tokens % self.tokens:
+            self._add(f"setp.lt.and.u32 there, token, {self.shape.tokens}, there;")
+        # by all threads of the row, so that it waits for nothing else
+        self._load_before(number, "there")
+        self._add(f"setp.lt.and.u32 owned{number}, piece, 1, there;", f"add.u32 row, row, {self.rows};")
 
-    def _load_before(self, number: int) -> None:
+    def _load_before(self, number: int, there: str) -> None:
         index, before = f"index{number}", f"before{number}"
         self._add(f"mad.lo.u32 {index}, token, {self.shape.rows}, row;", f"mad.wide.u32 at, {index}, 4, $y;")
-        self._add(f"mov.b32 {before}, 0;", f"@owned{number} ld.global.nc.b32 {before}, [at];")
+        self._add(f"mov.b32 {before}, 0;", f"@{there} ld.global.nc.b32 {before}, [at];")
 
     def _multiply(self, quad: int, there: str | None = None) -> None:
         """Adds the products of a quad to sum0 .. of each token; if it may not be there, reading no input then."""
         each, words = 2 * self.tokens, max(self.tokens // 2, 1)
         gathered = [[f"input{words * i + j}" for j in range(words)] for i in range(QUAD)]
         for i, registers in enumerate(gathered):
-            self._add(f"shr.u32 place, word{4 * quad + i}, 16;", f"mad.lo.u32 place, place, {each}, $inputs;")
+            self._add(f"shr.u32 place, word{4 * quad + i}, shift;", f"mad.lo.u32 place, place, {each}, $inputs;")
             if there is not None:
                 self._add(*(f"mov.b32 {register}, 0;" for register in registers))
             guard = "" if there is None else f"@{there} "
@@ -381,13 +397,14 @@ class _Text:
         self._add("ld.global.nc.b32 to, [at + 4];", f"setp.lt.u32 there, row, {shape.rows};")
         self._add(f"setp.lt.and.u32 there, token, {shape.tokens}, there;")
         self._add(f"setp.lt.and.u32 owned{number}, lane, {self.tokens}, there;")
-        self._load_before(number)
+        self._load_before(number, f"owned{number}")
         self._add(
             "add.u32 from, from, lane;", *(f"mov.b32 sum{m}, 0;" for m in range(self.tokens)), "longer:", _ONE_BY_ONE
         )
         for i in range(_LONG_QUADS):
             self._add(f"add.u32 place, from, {i * compat.THREADS};", f"setp.lt.u32 some{i}, place, to;")
-            self._load_quad("long_words", i, f"some{i}")
+            self._add("mad.wide.u32 at, place, 16, $long_words;")
+            self._load_quad(i, f"some{i}")
         for i in range(_LONG_QUADS):
             self._multiply(i, f"some{i}")
         self._add(f"add.u32 from, from, {_LONG_QUADS * compat.THREADS};", "setp.lt.u32 more, from, to;")

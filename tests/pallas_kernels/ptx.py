@@ -93,6 +93,8 @@ class Warp:
             return (values[0] + (values[1] if kind == "add" else -values[1])) & word
         if name == "add.s64":
             return values[0] + values[1]
+        if name == "selp.b32":
+            return np.where(values[2] != 0, values[0], values[1])
         if name == "mul.lo.u32":
             return values[0] * values[1] & word
         if name in ("mad.lo.u32", "mad.lo.s32"):
@@ -100,7 +102,9 @@ class Warp:
         if name == "mad.wide.u32":
             return values[0] * values[1] + values[2]
         if kind == "setp":
-            compare = {"ne": np.not_equal, "eq": np.equal, "lt": np.less, "ge": np.greater_equal}[rest[0]]
+            compare = {"ne": np.not_equal, "eq": np.equal, "lt": np.less, "le": np.less_equal, "ge": np.greater_equal}[
+                rest[0]
+            ]
             if rest[-1] == "s32":
                 values[:2] = [value.astype(np.uint32).view(np.int32) for value in values[:2]]
             found = compare(values[0], values[1])
@@ -151,7 +155,7 @@ class Cta(Warp):
         while (place := int(places.min())) < len(lines):
             line, now = lines[place], places == place
             places[now] += 1
-            if line.endswith(":"):
+            if line.endswith(":") or line == "cp.async.wait_all":
                 continue
             active = now
             if line.startswith("@"):
@@ -167,6 +171,13 @@ class Cta(Warp):
                 for barrier in np.unique(self._value(operands[0])[active]):
                     there = active & (self._value(operands[0]) == barrier)
                     assert there.sum() == (int(operands[1]) if len(operands) > 1 else self.threads), line
+            elif name == "bar.red.and.pred":
+                assert active.all(), line
+                self.registers[operands[0]] = np.full(self.threads, self.registers[operands[2]].all())
+            elif name.startswith("cp.async.ca"):
+                kind, registers = f"v{int(operands[2]) // 4}.b32", [f"copied{i}" for i in range(int(operands[2]) // 4)]
+                self._write(f"ld.global.{kind}", [*registers, operands[1]], active)
+                self._store(f"st.shared.{kind}", [operands[0], *registers], active)
             elif name.startswith("st."):
                 self._store(name, operands, active)
             else:
