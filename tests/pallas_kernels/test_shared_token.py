@@ -22,7 +22,8 @@ from pallas_kernels.sparse_matmul import (
     prepare_rows,
     shape_of,
 )
-from pallas_kernels.sparse_matmul.shared_token import kernel_text, shared_bytes
+from pallas_kernels.sparse_matmul.shared_token import shared_bytes
+from pallas_kernels.sparse_matmul.token_text import kernel_text
 from tests.pallas_kernels.ptx import Cta
 from tests.pallas_kernels.test_sparse_matmul import matrix, shapes
 from tests.pallas_kernels.triton import lower_for_gpu
