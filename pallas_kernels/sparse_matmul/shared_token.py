@@ -13,8 +13,8 @@ there: its words lie in a place that follows from the shapes, whatever row they 
     4. barrier; `lanes` neighbouring threads add up the quads of a row, add y, round and write
     5. long rows, if there are any: part, part + P, ... by one warpgroup each
 
-Mosaic GPU has no gather. The kernel is one text of instructions with named operands, `token_text`, so that the text that
-tests carry out on NumPy is the one that runs.
+Mosaic GPU has no gather. The kernel is one text of instructions with named operands, `token_text`, so that what tests
+carry out on NumPy is what runs.
 """
 
 import string
