@@ -1,4 +1,4 @@
-"""A whole token in the registers of one program: what kernels of the Triton backend begin with that need all of it.
+"""A whole token in the registers of one program: what kernels of the Triton backend share that need all of it.
 
 x [M, K] with a program for each of M, K filled up with zeros to a power of two.
 """
@@ -23,3 +23,21 @@ def load_token(x_ref: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.
     inside = column < width
     place = jnp.broadcast_to(pl.program_id(0), column.shape), column
     return pltriton.load(x_ref.at[place], mask=inside, other=0.0).astype(jnp.float32), place, inside
+
+
+def rounded_even(x: jax.Array, interpret: bool) -> jax.Array:
+    """The nearest integers, of two the even ones; float32."""
+    return jnp.round(x) if interpret else assembly("cvt.rni.f32.f32 $0, $1;", x)
+
+
+def assembly(code: str, *args: jax.Array) -> jax.Array:
+    """An instruction for every element of arrays of one type and shape, 32 bits each."""
+    register = "f" if args[0].dtype == jnp.float32 else "r"
+    (value,) = pltriton.elementwise_inline_asm(
+        code,
+        args=args,
+        constraints=f"={register}" + f",{register}" * len(args),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)],
+    )
+    return value

@@ -7,9 +7,9 @@ size is decoded to memory. Integer activations are quantized first, each token b
 off in the same pass, and lie in the order of the 8-bit tensor-core operand. Kept columns are multiplied in the kernel
 of the base, on top of its sums, if they were prepared for the type of the tokens. Sparse entries are added to the
 decoded weights, or have a product of their own, beside kept columns and where they do not fit the units of the decoder;
-what is added to the base is added to float32 sums. One 16-bit token beside a table is multiplied as three tokens of 8
-bits, whose look-ups take fewer instructions. One token becomes integers in the kernel of the base, if its length is a
-multiple of 16: without a launch before it.
+what is added to the base is added to float32 sums. One 16-bit token is multiplied as three tokens of 8 bits, beside
+which weights take fewer instructions. One token becomes integers in the kernel of the base, if its length is a multiple
+of 16: without a launch before it.
 """
 
 import dataclasses
@@ -214,8 +214,11 @@ def _base(x: jax.Array, base: Packed, out_dtype: DTypeLike, **more: Any) -> jax.
 
 def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any) -> jax.Array:
     problem = _problem(base, None, x.shape[0], x.dtype.name, _words(more.get("entries")), _columns(more.get("kept")))
-    if problem.x_dtype != x.dtype.name and "quantize" not in more:
-        x, more["x_scales"] = half_tokens.convert(x)
+    if "quantize" not in more:
+        if problem.pieces > 1:
+            more["pieces"] = problem.pieces
+        elif problem.x_dtype != x.dtype.name:
+            x, more["x_scales"] = half_tokens.convert(x)
     more |= {"bits": base.bits, "outputs": base.shape[0], "group_size": _group_size(base), "out_dtype": out_dtype}
     return affine_matmul.affine_matmul(x, base.codes, base.scales, base.zeros, **more)
 
@@ -256,13 +259,14 @@ def _tiles(layer: QuantizedLinear, tokens: int, dtype: str) -> sparse_matmul.Ent
 
 def _columns_inside(layer: QuantizedLinear, tokens: int, dtype: str) -> int:
     """The kept columns that the base's product is to add, 0 if they have a product of their own. A token in pieces is
-    not what they multiply."""
+    not what they multiply, and beside a table the pieces gain more."""
     kept = layer.outliers
     if kept is None or kept.fragments is None or kept.fragments.dtype != dtype:
         return 0
-    assert not isinstance(layer.weight, SparseAffineWeight)
-    problem = _problem(layer.weight, layer.activation, tokens, dtype, 0)
-    return kept.index.shape[0] if problem.pieces == 1 else 0
+    table = isinstance(layer.weight, CodebookWeight)
+    if table and _problem(layer.weight, layer.activation, tokens, dtype, 0).pieces > 1:
+        return 0
+    return kept.index.shape[0]
 
 
 def _columns(kept: affine_matmul.Kept | None) -> int:
@@ -275,8 +279,11 @@ def _words(tiles: sparse_matmul.EntryTiles | None) -> int:
 
 def _in_pieces(base: Packed, problem: affine_matmul.Problem) -> bool:
     """Whether a 16-bit token becomes three of 8 bits. Not with anything beside the base in its product."""
-    if not isinstance(base, CodebookWeight) or problem.entry_words or problem.kept_columns:
+    if problem.entry_words or problem.kept_columns:
         return False
+    if isinstance(base, AffineWeight):  # a launch for it would take longer than the pieces gain
+        pieces = dataclasses.replace(problem, x_dtype="int8", pieces=codebook_matmul.PIECES)
+        return _own_token(pieces, None, None, problem.x_dtype) is not None and affine_matmul.supported(pieces) is None
     if not is_snapped(base) and base.byte_tables is None:
         return False
     return codebook_matmul.supported_pieces(problem.tokens, problem.inputs, problem.x_dtype) is None

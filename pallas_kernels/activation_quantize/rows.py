@@ -36,6 +36,7 @@ from pallas_kernels.activation_quantize.xla import (
     num_slots,
     slot_places,
 )
+from pallas_kernels.token_in_registers import assembly, rounded_even
 
 LARGEST_K = 32768
 _WORDS = 4  # of the codes of a block of 16 columns
@@ -213,7 +214,7 @@ def _pack(codes, interpret):
     if interpret:
         a, b, c, d = (code & 0xFF for code in codes)
         return a | b << 8 | c << 16 | d << 24
-    return _asm(_PACK, *codes)
+    return assembly(_PACK, *codes)
 
 
 def _quantize(parts, bits, symmetric, mode, interpret):
@@ -249,9 +250,9 @@ def _quantize(parts, bits, symmetric, mode, interpret):
         offsets = low + half * scales
     else:
         scales = _positive(scales)
-        zeros = jnp.clip(_round(_over(-low, scales, interpret), interpret), 0.0, float(steps))
+        zeros = jnp.clip(rounded_even(_over(-low, scales, interpret), interpret), 0.0, float(steps))
         quotients = _quotients(parts, scales, interpret)
-        codes = [jnp.clip(_round(q, interpret) + zeros[:, None], 0.0, float(steps)) for q in quotients]
+        codes = [jnp.clip(rounded_even(q, interpret) + zeros[:, None], 0.0, float(steps)) for q in quotients]
         offsets = scales * (half - zeros)
     return finite, [_integers(code, -half) for code in codes], scales, offsets
 
@@ -292,13 +293,9 @@ def _integers(x, more=0):
     return _bits(x + (_MAGIC + more))
 
 
-def _round(x, interpret):
-    return jnp.round(x) if interpret else _asm("cvt.rni.f32.f32 $0, $1;", x)
-
-
 def _over(x, y, interpret):
     """x / y correctly rounded; a plain division would be compiled to an approximation."""
-    return x / y if interpret else _asm("div.rn.f32 $0, $1, $2;", x, y)
+    return x / y if interpret else assembly("div.rn.f32 $0, $1, $2;", x, y)
 
 
 def _quotients(parts, scales, interpret):
@@ -308,17 +305,5 @@ def _quotients(parts, scales, interpret):
         return [x / jax.lax.optimization_barrier(jnp.broadcast_to(scales[:, None], x.shape)) for x in parts]
     power = jnp.where(scales < 2.0**-60, 2.0**64, jnp.where(scales > 2.0**60, 2.0**-64, 1.0)).astype(jnp.float32)
     scales = scales * power
-    factors = -scales, _asm("rcp.rn.f32 $0, $1;", scales), power
-    return [_asm(_DIVIDE, x, *(jnp.broadcast_to(row[:, None], x.shape) for row in factors)) for x in parts]
-
-
-def _asm(code: str, *args: jax.Array) -> jax.Array:
-    register = "f" if args[0].dtype == jnp.float32 else "r"
-    (value,) = pltriton.elementwise_inline_asm(
-        code,
-        args=args,
-        constraints=f"={register}" + f",{register}" * len(args),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)],
-    )
-    return value
+    factors = -scales, assembly("rcp.rn.f32 $0, $1;", scales), power
+    return [assembly(_DIVIDE, x, *(jnp.broadcast_to(row[:, None], x.shape) for row in factors)) for x in parts]

@@ -21,6 +21,7 @@ MOST_WARPGROUPS = 5
 STORED_TOKENS = 16  # of a tile in which outputs leave: four matrices a warp
 _ALIGNMENT = 1024  # of what lies in shared memory
 LARGEST_OWN_TOKEN = 32768  # inputs: a thread of 128 keeps as many registers as it can
+LARGEST_SPLIT_TOKEN = 16384  # inputs in pieces, which every multiprocessor makes for itself
 BEHIND_TOKEN = 128  # bytes, which the tensor core reads, for columns that are none
 SEGMENT = 512  # inputs of a warpgroup after which running sums start anew
 
@@ -282,6 +283,8 @@ def no_own_token(problem: Problem) -> str | None:
         return f"{problem.tokens} tokens; the kernel quantizes one"
     if problem.inputs % 16 or problem.inputs > LARGEST_OWN_TOKEN:
         return f"K={problem.inputs} is not a multiple of 16 up to {LARGEST_OWN_TOKEN}, a token in registers"
+    if problem.pieces > 1 and problem.inputs > LARGEST_SPLIT_TOKEN:
+        return f"K={problem.inputs}: a launch splits more than {LARGEST_SPLIT_TOKEN} inputs in less time"
     if problem.kept_columns or problem.entry_words:
         return "the kernel quantizes a whole token, with nothing kept and no entries beside it"
     return None

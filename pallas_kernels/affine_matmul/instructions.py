@@ -196,11 +196,6 @@ def reciprocal(value: Value) -> Value:
     return compat.inline_assembly([compat.f32()], [value], "rcp.rn.f32 $0, $1;", "=f,f", True)[0]
 
 
-def truncate(value: Value) -> Value:
-    """The integer part of a float32."""
-    return compat.inline_assembly([compat.i32()], [value], "cvt.rzi.s32.f32 $0, $1;", "=r,f", True)[0]
-
-
 def as_float(word: Value) -> Value:
     """The float32 of these bits."""
     return compat.arith.bitcast(compat.f32(), word)

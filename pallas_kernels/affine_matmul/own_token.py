@@ -41,7 +41,7 @@ _NAN = 0x7FFFFFFF
 _INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}
 # of a token in pieces, see `pallas_kernels.codebook_matmul.token_pieces`
 _CARRY, _PEAK = 0x010101, 22
-_ROUND = 0x8080  # to the nearest, for the two higher digits
+_ROUND = (0x8080 - 0x101 * 0x4B400000) % 2**32  # 128 + 2**15, less the bits of _MAGIC, once more shifted by a byte
 
 Pack = Callable[[list[Value]], list[Value]]
 
@@ -180,10 +180,17 @@ def _pieces(problem: Problem, peak: Value, column: Value) -> tuple[Pack, Value]:
     steps = arith.subi(constant(8 * (problem.pieces - 1) - _PEAK), arith.muli(column, constant(8)))
     scale = ops.shift(arith.addi(exponent, steps), 23)
 
+    eighth = ops.multiply(power, ops.float_constant(2.0**-8))
+    magic = ops.float_constant(_MAGIC)
+
     def rounded(x: Value) -> Value:
-        half = ops.as_float(ops.and_or(ops.as_word(x), 1 << 31, 0x3F000000))  # of the same sign
-        # X + 128 + 2**15 has the first digit in byte 2, and the others, each with 128 added, in bytes 1 and 0
-        return arith.addi(ops.truncate(ops.multiply_add(x, power, half)), constant(_ROUND))
+        """X + 128 + 2**15: the first digit is byte 2, and the others, each with 128 added, are bytes 1 and 0."""
+        # A conversion to an integer would take longer than all the rest. The first sum rounds to a multiple of 256.
+        high = ops.multiply_add(x, eighth, magic)
+        rest = ops.multiply(ops.add(high, ops.float_constant(-_MAGIC)), ops.float_constant(-256.0))
+        low = ops.add(ops.multiply_add(x, power, rest), magic)
+        both = arith.addi(ops.shift(ops.as_word(high), 8), ops.as_word(low))
+        return arith.addi(both, constant(_ROUND))
 
     def pack(words: list[Value]) -> list[Value]:
         fours = [[rounded(x) for x in four] for four in _fours(words, problem.token_dtype)]

@@ -6,15 +6,18 @@ so that the 8-bit tensor core computes it, each row of p as a token of its own, 
 (2**16, 2**8, 1) * s (`Problem.pieces`). A look-up for an 8-bit operand takes fewer instructions than one for a 16-bit
 operand, and a product of one token uses one of the tensor core's eight columns in any case.
 
-X is x / s rounded to the nearest, and s the smallest power of two with |X| <= 127 * (2**16 + 2**8 + 1) = 8355711: all
-three digits are balanced, and 2**23 would make the first one 128. So s / 2 < 1.2e-7 max |x|, which is what a residual
-can be: a bfloat16 value down to 2**-14 of the token's largest is exact. s is a normal number, 2**-126 at least, so
-values of tokens below 2**-104 are rounded to multiples of it. A token that is not finite gets zeros and the scale NaN.
-A row of p has sums as any 8-bit token, in int32 for K up to `int_matmul.LONGEST_SUM`; rows meet as float32.
+X is x / s rounded to the nearest, of two the even one, and s the smallest power of two with
+|X| <= 127 * (2**16 + 2**8 + 1) = 8355711: all three digits are balanced, and 2**23 would make the first one 128. So
+s / 2 < 1.2e-7 max |x|, which is what a residual can be: a bfloat16 value down to 2**-14 of the token's largest is
+exact. s is a normal number, 2**-126 at least, so values of tokens below 2**-104 are rounded to multiples of it. A token
+that is not finite gets zeros and the scale NaN. A row of p has sums as any 8-bit token, in int32 for K up to
+`int_matmul.LONGEST_SUM`; rows meet as float32.
 
 Rows are in `slot_order`, filled up with zeros to whole 128 columns, as the matrix kernel reads them. Every program
 reads the whole token for its largest value, and writes `_SLOTS` slots of the three rows.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +26,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.activation_quantize.xla import slot_places
 from pallas_kernels.half_tokens.xla import magnitudes, power
-from pallas_kernels.token_in_registers import load_token, warps_of
+from pallas_kernels.token_in_registers import load_token, rounded_even, warps_of
 
 PIECES = 3
 LARGEST_K = 32768
@@ -55,7 +58,7 @@ def split_row(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.
         raise ValueError(f"the kernel that splits a token cannot serve this: {reason}")
     slots = _slots(width)
     pieces, scales = pl.pallas_call(
-        _kernel,
+        functools.partial(_kernel, interpret),
         out_shape=[jax.ShapeDtypeStruct((PIECES, slots), jnp.int8), jax.ShapeDtypeStruct((PIECES,), jnp.float32)],
         grid=(1, pl.cdiv(slots, _SLOTS)),
         compiler_params=pltriton.CompilerParams(num_warps=warps_of(width), num_stages=1),
@@ -70,18 +73,18 @@ def split_token(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     place = slot_places(jnp.arange(_slots(x.shape[1]), dtype=jnp.int32))
     wide = jnp.pad(x[0].astype(jnp.float32), (0, place.shape[0] - x.shape[1]))
     finite, exponent = _range(jnp.max(magnitudes(wide)))
-    digits = _digits(wide[place], finite, exponent)
+    digits = _digits(wide[place], finite, exponent, True)
     return jnp.stack(digits), jnp.where(finite, _scales(exponent, jnp.arange(PIECES, dtype=jnp.int32)), jnp.nan)
 
 
-def _kernel(x_ref, pieces_ref, scales_ref):
+def _kernel(interpret, x_ref, pieces_ref, scales_ref):
     width, slots = x_ref.shape[1], pieces_ref.shape[1]
     slot = pl.program_id(1) * _SLOTS + jnp.arange(_SLOTS, dtype=jnp.int32)
     place = slot_places(slot)
     # not from the token in registers, where it would have to travel between threads
     own = pltriton.load(x_ref.at[jnp.zeros_like(place), place], mask=place < width, other=0.0)
     finite, exponent = _range(jnp.max(magnitudes(load_token(x_ref)[0])))
-    for piece, digit in enumerate(_digits(own.astype(jnp.float32), finite, exponent)):
+    for piece, digit in enumerate(_digits(own.astype(jnp.float32), finite, exponent, interpret)):
         pltriton.store(pieces_ref.at[jnp.full_like(slot, piece), slot], digit, mask=slot < slots)
     piece = jnp.arange(pl.next_power_of_2(PIECES), dtype=jnp.int32)
     scales = jnp.where(finite, _scales(exponent, piece), jnp.nan)
@@ -99,12 +102,10 @@ def _range(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
     return finite, jnp.maximum(exponent, _PEAK + 1)
 
 
-def _digits(x: jax.Array, finite: jax.Array, exponent: jax.Array) -> list[jax.Array]:
+def _digits(x: jax.Array, finite: jax.Array, exponent: jax.Array, interpret: bool) -> list[jax.Array]:
     """p of float32 x, int8 arrays like it."""
-    # exact but for the last sum, and that far below the half
-    scaled = x * power(2 * 127 + _PEAK - exponent)
-    rest = (scaled + jnp.where(x < 0, -0.5, 0.5)).astype(jnp.int32)
-    rest = jnp.where(finite, rest, 0)
+    whole = rounded_even(x * power(2 * 127 + _PEAK - exponent), interpret)
+    rest = jnp.where(finite, whole, 0.0).astype(jnp.int32)
     digits = []
     for _ in range(PIECES):
         digits.append(rest.astype(jnp.int8))  # the low byte, from -128 to 127

@@ -230,7 +230,7 @@ def _token_layers(columns: int) -> dict[str, tuple[QuantizedLinear, bool]]:
         "w4-codebook-int8": (QuantizedLinear(snapped), True),
         "w4-codebook": (QuantizedLinear(free), True),
         "w8a8": (QuantizedLinear(whole, activation=ActivationQuant(None, None, 8)), False),
-        "w4-g64": (QuantizedLinear(grouped), False),
+        "w4-g64": (QuantizedLinear(grouped), True),
     }
 
 

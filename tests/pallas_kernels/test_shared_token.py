@@ -169,7 +169,7 @@ def test_on_the_device(tokens: int, dtype: str) -> None:
             half = float(jnp.finfo(found.dtype).eps) / 2
             np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1.01 * half, atol=3e-4)
             entries = [jnp.asarray(a) for a in (values, column, rows)]
-            other = gather_sum(jnp.asarray(x), entries[0], entries[1], entries[2], len(counts))
+            other = gather_sum(jnp.asarray(x, jnp.float32), entries[0], entries[1], entries[2], len(counts))
             np.testing.assert_allclose(found.astype(jnp.float32), y + other, rtol=2 * half, atol=3e-4)
 
 

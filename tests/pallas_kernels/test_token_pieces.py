@@ -33,8 +33,7 @@ def _pieces(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     while np.rint(largest / 2.0**exponent) > LARGEST:
         exponent += 1
     scales = 2.0 ** (exponent + np.array([16.0, 8.0, 0.0]))
-    shifted = exact / 2.0**exponent
-    whole = (np.sign(shifted) * np.floor(np.abs(shifted) + 0.5)).astype(np.int64)
+    whole = np.rint(exact / 2.0**exponent).astype(np.int64)
     digits = []
     for _ in range(3):
         digits.insert(0, (whole + 128) % 256 - 128)
