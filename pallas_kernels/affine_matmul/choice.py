@@ -21,11 +21,11 @@ _WIDE = (
     (Config(128, 128, 2, cluster=2), 1.17),
 )
 _GROUPS = (
-    (Config(128, 256, 2), 1.12),
-    (Config(128, 256, 2, cluster=2), 1.1),
+    (Config(128, 256, 2), 1.02),
+    (Config(128, 256, 2, cluster=2), 1.02),
     (Config(96, 256, 3), 1.06),
     (Config(160, 256, 2), 1.0),
-    (Config(192, 128, 2), 0.965),
+    (Config(192, 128, 2), 0.94),
 )
 _ROWS = (
     (Config(256, 128, 2), 1.0),
@@ -95,8 +95,10 @@ def _few(problem: Problem, wide: int) -> list[Config]:
         if tokens > 16:
             found += [Config(wide, 256, 1, 4, cluster=2)]
     shapes: tuple[tuple[int, int, int], ...] = ((2, 2, 512), (2, 2, 256), (1, 4, 512), (1, 1, 128))
-    if tokens > 16:
-        shapes = ((4, 1, 128), (2, 2, 256)) if problem.x_bytes == 1 and problem.bits < 8 else ((2, 2, 256), (4, 1, 128))
+    if tokens > 16 and problem.x_bytes == 1 and problem.bits < 8:
+        shapes = ((4, 1, 256), (4, 1, 128), (2, 2, 256))
+    elif tokens > 16:
+        shapes = ((2, 2, 256), (4, 1, 128))
     elif tokens > 8 and problem.x_bytes == 1 and blocks > MULTIPROCESSORS:
         shapes = ((4, 1, 256), *shapes)
     found += [Config(wide, block_k, rows, parts) for rows, parts, block_k in shapes]

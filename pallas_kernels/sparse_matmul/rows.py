@@ -108,9 +108,9 @@ def _longest_row(words: int, rows: int) -> int:
 
 
 def _parts_of(words: int, rows: int) -> int:
-    """As many for every multiprocessor, each of which holds what its threads take at once."""
+    """As many for every multiprocessor, two or more, each of which holds what its threads take at once."""
     most = max(-(-words // (QUAD * _LARGEST_PART)), -(-rows // _MOST_ROWS), 1)
-    return -(-most // _MULTIPROCESSORS) * _MULTIPROCESSORS
+    return -(-most // (2 * _MULTIPROCESSORS)) * 2 * _MULTIPROCESSORS
 
 
 def _first_rows(starts: np.ndarray, parts: int, size: int, halo: int) -> np.ndarray:

@@ -111,7 +111,7 @@ def test_no_column_is_read_that_the_row_has_not() -> None:
     np.testing.assert_array_equal(found, y)
 
 
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 28672, 8192), (3, 130, 8191), (16, 4097, 4096)])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 28672, 8192), (3, 130, 8191), (8, 4097, 4096)])
 @pytest.mark.parametrize("long", [0, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_it_lowers_for_a_gpu(tokens: int, rows: int, columns: int, long: int, dtype: str) -> None:
@@ -131,7 +131,7 @@ def test_it_lowers_for_a_gpu(tokens: int, rows: int, columns: int, long: int, dt
 def test_what_it_cannot_serve_is_said_and_goes_to_the_other_kernel() -> None:
     sparse = shapes(100, 4000, 0)
     y = jax.ShapeDtypeStruct((1, 100), jnp.float32)
-    for tokens, columns, dtype, word in [(17, 64, "bfloat16", "17"), (1, 64, "float32", "float32")]:
+    for tokens, columns, dtype, word in [(9, 64, "bfloat16", "9"), (1, 64, "float32", "float32")]:
         x = jax.ShapeDtypeStruct((tokens, columns), jnp.dtype(dtype))
         assert word in (no_shared_token(shape_of(x, sparse, "float32")) or "")
     assert no_shared_token(shape_of(jax.ShapeDtypeStruct((8, 65536), jnp.float16), sparse, "float32")) is None
@@ -143,13 +143,13 @@ def test_what_it_cannot_serve_is_said_and_goes_to_the_other_kernel() -> None:
 
 def test_tokens_are_as_many_as_shared_memory_holds() -> None:
     sparse = shapes(8192, 2**20, 0)
-    for tokens, columns, block_m in [(1, 65536, 1), (3, 8192, 4), (16, 8192, 8), (16, 16384, 4), (4, 65536, 1)]:
+    for tokens, columns, block_m in [(1, 65536, 1), (3, 8192, 4), (8, 8192, 8), (8, 16384, 4), (4, 65536, 1)]:
         shape = shape_of(jax.ShapeDtypeStruct((tokens, columns), jnp.bfloat16), sparse, "float32")
         assert default_shared(shape).block_m == block_m
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_on_the_device(tokens: int, dtype: str) -> None:
     rng = np.random.default_rng(tokens)
