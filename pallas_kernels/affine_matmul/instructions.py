@@ -157,6 +157,16 @@ def wait_for_threads(count: int) -> None:
     compat.inline_assembly([], [], f"bar.sync 15, {count};", "", False)
 
 
+def tell_threads(threads: int) -> None:
+    """What this thread did before, those see that `wait_for_told`; `threads` of both together."""
+    compat.inline_assembly([], [], f"barrier.cta.arrive 14, {threads};", "", False)
+
+
+def wait_for_told(threads: int) -> None:
+    """Waits until the others of so many threads have said `tell_threads`."""
+    compat.inline_assembly([], [], f"barrier.cta.sync 14, {threads};", "", False)
+
+
 def largest_of_warp(value: Value) -> Value:
     """The largest of an unsigned register of all threads of a warp."""
     text = "redux.sync.max.u32 $0, $1, 0xffffffff;"

@@ -37,7 +37,13 @@ from pallas_kernels.affine_matmul.config import Config, Problem, registers_of_su
 from pallas_kernels.affine_matmul.epilogue import scale_block, store_block
 from pallas_kernels.affine_matmul.kept_product import copy_kept, kept_product, kept_scratch, offer_places
 from pallas_kernels.affine_matmul.output_tiles import store_tiles, tiles_scratch
-from pallas_kernels.affine_matmul.own_token import make_token, token_scales, token_scratch
+from pallas_kernels.affine_matmul.own_token import (
+    ask_for_token,
+    make_token,
+    token_scales,
+    token_scratch,
+    wait_for_token,
+)
 from pallas_kernels.affine_matmul.parts import add_parts, add_shares, leave_together, parts_scratch
 from pallas_kernels.affine_matmul.pieces import Pieces
 from pallas_kernels.affine_matmul.register_decode import byte_factor
@@ -138,6 +144,8 @@ def _body(
     if config.stream_k:
         semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((config.blocks * config.row_warpgroups,)))
 
+    token_first = bool(problem.token_dtype) and decoder is not None
+
     def kept_tiles(first: Any) -> Any:
         """Tiles of kept columns that a CTA adds to a block: who has its first stage all of them."""
         return jnp.where(first == 0, jnp.int32(problem.kept_tiles), 0)
@@ -146,6 +154,8 @@ def _body(
     def _copy() -> None:
         if config.warpgroups > 1:
             plgpu.set_max_registers(copying, action="decrease")
+        if token_first:
+            wait_for_token(config)
 
         def item(index: jax.Array, done: jax.Array) -> jax.Array:
             piece = pieces.piece(index)
@@ -251,9 +261,10 @@ def _body(
             add_parts(config, shared, index, row_part, k_part, sums, lambda total: finish(total, write))
             return place, *following
 
+        chunks = ask_for_token(problem, config, token_first)(refs["x"], warpgroup) if problem.token_dtype else None
         first_state = load_state(jnp.int32(0))
-        if problem.token_dtype:  # while the tables are on their way, too
-            make_token(problem, config)(refs["x"], shared["token"], warpgroup)
+        if chunks is not None:
+            make_token(problem, config)(chunks, shared["token"], warpgroup)
         # Running sums are scaled before the next products: what else these need is read while the last ones run. Others
         # gain nothing by it with few tokens, and with many they lose: CTAs then ask less often for the same at a time.
         ahead = [arrived(0, mine > 0)] if runs_on(problem) else []

@@ -7,6 +7,10 @@ bit for bit, but for codes of a token that is not finite, whose scale is NaN. A 
 1.4 to 1.8 us of the 31 to 56 that the product takes. Here all computing warpgroups of a CTA do it, every CTA for
 itself, while the first weights are on their way, and the stages need no room for inputs.
 
+In a queue behind the weights that fill all stages the token takes 2 or 3 us to arrive. Where weights are decoded as fast
+as they come, that is hidden behind them, and copying starts at once. Beside tables, whose look-ups take longer than the
+copies, it begins when all threads have asked for the token.
+
 A thread has whole chunks of 16 inputs: number thread, thread + threads, .. It loads them all before it looks at one,
 and keeps them from the first pass, for the largest magnitude, to the second, which makes the codes. In slot order word
 t of a chunk is made of words t and t + 4 of x, as in `activation_quantize.rows`.
@@ -24,6 +28,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -58,29 +63,72 @@ def token_scales(token: Any) -> Any:
     return token.at[token.shape[0] - BEHIND_TOKEN + _SCALES :]
 
 
-def make_token(problem: Problem, config: Config) -> Callable[[Any, Any, Any], None]:
-    """The function (x in global memory, token in shared memory, warpgroup) that every computing warpgroup calls once,
-    before its first product."""
+def wait_for_token(config: Config) -> None:
+    """What the copying warpgroup does before its first copy, if the token goes first."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), compat.SCALAR))
-    def make(_: Any, x: Value, token: Value, warpgroup: Any) -> None:
-        before = arith.muli(compat.scalar_of(warpgroup), constant(compat.THREADS))
-        thread = arith.addi(before, compat.thread_in_warpgroup())
-        quantize(problem, config, ops.global_address(x), ops.shared_address(token), thread)
+    @plgpu.inline_mgpu(arg_types=())
+    def wait(_: Any) -> None:
+        ops.wait_for_told((config.warpgroups + 1) * compat.THREADS)
+
+    wait()  # pyright: ignore[reportCallIssue]
+
+
+def ask_for_token(problem: Problem, config: Config, goes_first: bool) -> Callable[[Any, Any], jax.Array]:
+    """The function (x in global memory, warpgroup) -> chunks that every computing warpgroup calls first: what
+    `make_token` takes, in `compat.registers_layout`. goes_first: copies of weights wait (`wait_for_token`) until the
+    token was asked for."""
+    count = 8 * len(_firsts(problem, config))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), compat.SCALAR), return_type=compat.registers_type(count, jnp.int32))
+    def ask(_: Any, x: Value, warpgroup: Any) -> Any:
+        loaded = load_chunks(problem, config, ops.global_address(x), _thread(warpgroup))
+        if goes_first:
+            ops.tell_threads((config.warpgroups + 1) * compat.THREADS)
+        return compat.array_of([word for chunk in loaded for word in chunk])
+
+    return ask  # pyright: ignore[reportReturnType]
+
+
+def make_token(problem: Problem, config: Config) -> Callable[[jax.Array, Any, Any], None]:
+    """The function (chunks, token in shared memory, warpgroup) that every computing warpgroup calls once, before its
+    first product."""
+    count = 8 * len(_firsts(problem, config))
+
+    @plgpu.inline_mgpu(arg_types=(compat.registers_layout(count), plgpu.RefType(), compat.SCALAR))
+    def make(_: Any, chunks: Any, token: Value, warpgroup: Any) -> None:
+        words = compat.registers_of(chunks)
+        loaded = [words[i : i + 8] for i in range(0, count, 8)]
+        quantize(problem, config, loaded, ops.shared_address(token), _thread(warpgroup))
 
     return make  # pyright: ignore[reportReturnType]
 
 
-def quantize(problem: Problem, config: Config, x: Value, token: Value, thread: Value) -> None:
-    """What one of the computing threads, numbered through all warpgroups, does; x and token are addresses."""
+def _thread(warpgroup: Any) -> Value:
+    """The number of a computing thread through all warpgroups."""
+    before = arith.muli(compat.scalar_of(warpgroup), constant(compat.THREADS))
+    return arith.addi(before, compat.thread_in_warpgroup())
+
+
+def _firsts(problem: Problem, config: Config) -> range:
+    """The chunks of thread 0."""
+    return range(0, problem.inputs // _CHUNK, config.warpgroups * compat.THREADS)
+
+
+def load_chunks(problem: Problem, config: Config, x: Value, thread: Value) -> list[list[Value]]:
+    """Asks for the chunks of a thread, eight words each, zeros past the last one; x is an address."""
+    threads, real = config.warpgroups * compat.THREADS, problem.inputs // _CHUNK
+    own = ops.address_of_chunk(x, thread, 2 * _CHUNK)
+    return [
+        ops.load_constants(own, 2 * _CHUNK * first, thread, None if first + threads <= real else real - first)
+        for first in _firsts(problem, config)
+    ]
+
+
+def quantize(problem: Problem, config: Config, loaded: list[list[Value]], token: Value, thread: Value) -> None:
+    """What one of the computing threads does with its chunks; token is an address."""
     threads, rows, pieces = config.warpgroups * compat.THREADS, problem.token_rows, problem.pieces
     size = token_bytes(problem, config) - BEHIND_TOKEN
-    real, chunks = problem.inputs // _CHUNK, size // (_CHUNK * rows)
-    own = ops.address_of_chunk(x, thread, 2 * _CHUNK)
-    loaded = [
-        ops.load_constants(own, 2 * _CHUNK * first, thread, None if first + threads <= real else real - first)
-        for first in range(0, real, threads)
-    ]
+    chunks = size // (_CHUNK * rows)
     largest = _largest(loaded, token, size, threads, thread)
     infinity = _INFINITY[problem.token_dtype]
     finite = ops.where_below(largest, infinity, largest, constant(0))

@@ -159,7 +159,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(own_token, "constant", lambda value: np.array(value & 0xFFFFFFFF, np.uint32))
         thread = np.arange(config.warpgroups * 128, dtype=np.uint32)
         with np.errstate(all="ignore"):
-            own_token.quantize(problem, config, np.int64(0), np.uint32(START), thread)
+            loaded = own_token.load_chunks(problem, config, np.int64(0), thread)
+            own_token.quantize(problem, config, loaded, np.uint32(START), thread)
         codes = shared[START:-BEHIND_TOKEN].view(np.int8).reshape(-1, problem.token_rows, 16)[:, : problem.pieces]
         return codes, shared[-BEHIND_TOKEN + 64 :][:32].view(np.float32)
 
