@@ -263,8 +263,8 @@ def _columns_inside(layer: QuantizedLinear, tokens: int, dtype: str) -> int:
     kept = layer.outliers
     if kept is None or kept.fragments is None or kept.fragments.dtype != dtype:
         return 0
-    table = isinstance(layer.weight, CodebookWeight)
-    if table and _problem(layer.weight, layer.activation, tokens, dtype, 0).pieces > 1:
+    base = layer.weight
+    if isinstance(base, CodebookWeight) and _problem(base, layer.activation, tokens, dtype, 0).pieces > 1:
         return 0
     return kept.index.shape[0]
 

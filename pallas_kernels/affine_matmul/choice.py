@@ -101,6 +101,13 @@ def _few(problem: Problem, wide: int) -> list[Config]:
         shapes = ((2, 2, 256), (4, 1, 128))
     elif tokens > 8 and problem.x_bytes == 1 and blocks > MULTIPROCESSORS:
         shapes = ((4, 1, 256), *shapes)
+    elif (
+        problem.token_dtype
+        and problem.bits < 8
+        and not problem.has_zeros
+        and 3 * MULTIPROCESSORS < blocks <= 4 * MULTIPROCESSORS
+    ):
+        shapes = ((4, 1, 512), *shapes)  # one round
     found += [Config(wide, block_k, rows, parts) for rows, parts, block_k in shapes]
     found = [_shared(problem, config) if config.stream_k else _sized(problem, config) for config in found]
     return sorted(found, key=lambda config: few_stages(problem, config))

@@ -144,8 +144,6 @@ def _body(
     if config.stream_k:
         semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((config.blocks * config.row_warpgroups,)))
 
-    token_first = bool(problem.token_dtype) and decoder is not None
-
     def kept_tiles(first: Any) -> Any:
         """Tiles of kept columns that a CTA adds to a block: who has its first stage all of them."""
         return jnp.where(first == 0, jnp.int32(problem.kept_tiles), 0)
@@ -154,8 +152,7 @@ def _body(
     def _copy() -> None:
         if config.warpgroups > 1:
             plgpu.set_max_registers(copying, action="decrease")
-        if token_first:
-            wait_for_token(config)
+        wait_for_token(problem, config)
 
         def item(index: jax.Array, done: jax.Array) -> jax.Array:
             piece = pieces.piece(index)
@@ -261,7 +258,7 @@ def _body(
             add_parts(config, shared, index, row_part, k_part, sums, lambda total: finish(total, write))
             return place, *following
 
-        chunks = ask_for_token(problem, config, token_first)(refs["x"], warpgroup) if problem.token_dtype else None
+        chunks = ask_for_token(problem, config)(refs["x"], warpgroup) if problem.token_dtype else None
         first_state = load_state(jnp.int32(0))
         if chunks is not None:
             make_token(problem, config)(chunks, shared["token"], warpgroup)

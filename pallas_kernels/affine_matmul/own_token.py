@@ -7,9 +7,9 @@ bit for bit, but for codes of a token that is not finite, whose scale is NaN. A 
 1.4 to 1.8 us of the 31 to 56 that the product takes. Here all computing warpgroups of a CTA do it, every CTA for
 itself, while the first weights are on their way, and the stages need no room for inputs.
 
-In a queue behind the weights that fill all stages the token takes 2 or 3 us to arrive. Where weights are decoded as fast
-as they come, that is hidden behind them, and copying starts at once. Beside tables, whose look-ups take longer than the
-copies, it begins when all threads have asked for the token.
+In a queue behind the weights that fill all stages the token takes 2 or 3 us to arrive. Where weights are decoded as
+fast as they come, that is hidden behind them, and copying starts at once. Beside 16-bit tables, whose look-ups take
+longer than the copies, it begins when the token has arrived.
 
 A thread has whole chunks of 16 inputs: number thread, thread + threads, .. It loads them all before it looks at one,
 and keeps them from the first pass, for the largest magnitude, to the second, which makes the codes. In slot order word
@@ -63,27 +63,30 @@ def token_scales(token: Any) -> Any:
     return token.at[token.shape[0] - BEHIND_TOKEN + _SCALES :]
 
 
-def wait_for_token(config: Config) -> None:
-    """What the copying warpgroup does before its first copy, if the token goes first."""
+def goes_first(problem: Problem) -> bool:
+    """Whether the weights wait until the token has arrived."""
+    return bool(problem.token_dtype) and problem.planes > 1
+
+
+def wait_for_token(problem: Problem, config: Config) -> None:
+    """What the copying warpgroup does before its first copy."""
 
     @plgpu.inline_mgpu(arg_types=())
     def wait(_: Any) -> None:
         ops.wait_for_told((config.warpgroups + 1) * compat.THREADS)
 
-    wait()  # pyright: ignore[reportCallIssue]
+    if goes_first(problem):
+        wait()  # pyright: ignore[reportCallIssue]
 
 
-def ask_for_token(problem: Problem, config: Config, goes_first: bool) -> Callable[[Any, Any], jax.Array]:
+def ask_for_token(problem: Problem, config: Config) -> Callable[[Any, Any], jax.Array]:
     """The function (x in global memory, warpgroup) -> chunks that every computing warpgroup calls first: what
-    `make_token` takes, in `compat.registers_layout`. goes_first: copies of weights wait (`wait_for_token`) until the
-    token was asked for."""
+    `make_token` takes, in `compat.registers_layout`."""
     count = 8 * len(_firsts(problem, config))
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), compat.SCALAR), return_type=compat.registers_type(count, jnp.int32))
     def ask(_: Any, x: Value, warpgroup: Any) -> Any:
         loaded = load_chunks(problem, config, ops.global_address(x), _thread(warpgroup))
-        if goes_first:
-            ops.tell_threads((config.warpgroups + 1) * compat.THREADS)
         return compat.array_of([word for chunk in loaded for word in chunk])
 
     return ask  # pyright: ignore[reportReturnType]
@@ -130,6 +133,8 @@ def quantize(problem: Problem, config: Config, loaded: list[list[Value]], token:
     size = token_bytes(problem, config) - BEHIND_TOKEN
     chunks = size // (_CHUNK * rows)
     largest = _largest(loaded, token, size, threads, thread)
+    if goes_first(problem):
+        ops.tell_threads(threads + compat.THREADS)
     infinity = _INFINITY[problem.token_dtype]
     finite = ops.where_below(largest, infinity, largest, constant(0))
     peak = ops.as_word(_low(finite, problem.token_dtype))

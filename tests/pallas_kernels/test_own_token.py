@@ -71,6 +71,8 @@ class Instructions:
 
     def wait_for_threads(self, count: int) -> None: ...
 
+    def tell_threads(self, threads: int) -> None: ...
+
     def and_(self, word: np.ndarray, mask: int) -> np.ndarray:
         return word & np.uint32(mask)
 
