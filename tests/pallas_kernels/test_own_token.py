@@ -22,7 +22,7 @@ from pallas_kernels.affine_matmul import choice, own_token
 from pallas_kernels.affine_matmul.config import BEHIND_TOKEN, LARGEST_SPLIT_TOKEN, token_bytes
 from pallas_kernels.codebook_matmul import choice as table_choice
 from pallas_kernels.codebook_matmul.decode import table_words
-from pallas_kernels.fragments import fragments_shape, pack_fragments, slot_order, unpack_fragments
+from pallas_kernels.fragments import fragments_shape, slot_order, unpack_fragments
 from tests.pallas_kernels.test_token_pieces import _pieces
 from tests.pallas_kernels.triton import count_kernels, lower_for_gpu
 
@@ -375,13 +375,14 @@ def test_what_is_no_token_to_quantize_is_said() -> None:
 
 
 def made(case: tuple[int, int | None, int, int], outputs: int, inputs: int) -> dict[str, Any]:
+    """The arrays of a random weight: what packing large codes would take on the device is not to be had for all."""
     bits, group_size, entry, _ = case
     random = np.random.default_rng(inputs)
-    codes = jnp.asarray(random.integers(0, 2**bits, (outputs, inputs), dtype=np.uint8))
+    words = jnp.asarray(random.integers(0, 2**32, fragments_shape((outputs, inputs), bits), dtype=np.uint32))
     if entry == 0:
         groups = 1 if group_size is None else -(-inputs // group_size)
         scales = jnp.asarray(random.uniform(0.01, 0.02, (groups, outputs)), jnp.bfloat16)
-        return {"words": pack_fragments(codes, bits, "pairs"), "scales": scales}
+        return {"words": words, "scales": scales}
     largest = 127 if entry == 1 else 32000
     table = jnp.asarray(
         random.integers(-largest, largest + 1, (outputs, 2**bits)), jnp.int8 if entry == 1 else jnp.int16
@@ -390,8 +391,7 @@ def made(case: tuple[int, int | None, int, int], outputs: int, inputs: int) -> d
         table, scales = codebook.fixed_point_tables(table.astype(jnp.float32))
     else:
         scales = jnp.asarray(random.uniform(0.5, 2, outputs), jnp.float32)
-    tables = codebook.prepare_tables(table, table.dtype)
-    return {"words": pack_fragments(codes, bits, "rows"), "tables": tables, "scales": scales}
+    return {"words": words, "tables": codebook.prepare_tables(table, table.dtype), "scales": scales}
 
 
 @pytest.mark.gpu
