@@ -100,8 +100,6 @@ def all_products() -> str:
         "of the same shape in the same process; `python -m bench.matmul`, this page by `python -m bench.readme`. "
         "Bytes, bandwidth, errors and ceilings are in matmul.json."
     )
-    if earlier := data["environment"].get("earlier"):
-        about += f" * {earlier}."
     tokens = sorted({row["m"] for row in data["rows"]})
     shapes = dict.fromkeys(row["shape"] for row in data["rows"])
     tables = [f"{shape[0].upper()}{shape[1:]}\n\n{products(data, shape, tokens, False)}" for shape in shapes]
@@ -115,9 +113,7 @@ def products(data: dict[str, Any], shape: str, tokens: Sequence[int], ceilings: 
     lines = [("dense bfloat16, us", *(f"{dense[m]:.0f}" for m in tokens))]
     for op in dict.fromkeys(row["op"] for row in rows):
         found = {row["m"]: row for row in rows if row["op"] == op}
-        cells = [
-            f"{found[m]['ratio']:.2f}" + "*" * found[m].get("earlier", False) if m in found else "" for m in tokens
-        ]
+        cells = [f"{found[m]['ratio']:.2f}" if m in found else "" for m in tokens]
         if ceilings:
             cells = [f"{cell} ({found[m]['ceiling']:.2f})" for cell, m in zip(cells, tokens, strict=True) if m in found]
         lines.append((op, *cells))

@@ -40,10 +40,10 @@ Packed = AffineWeight | CodebookWeight
 # Up to so many tokens sparse entries have a product of their own. Measured on an H200, 28672 x 8192 and 0.45 % of them,
 # microseconds over those of the base alone, 3 bits with tables, by themselves and inside its product:
 #
-#     tokens       1     16     64    256    2048
-#     base        31.4   42.0   70.2   154   1179
-#     by row       4.5   18.2   48.2   186   1452
-#     inside      20.4   18.6   13.6     9     52
+#     tokens       1      8     16     64    256    2048
+#     base        30.6   39.1   42.1   70.2   154   1179
+#     by row       2.9   10.8   17.9   48.2   186   1452
+#     inside      20.3   18.7   18.6   13.6     9     52
 #
 # (inside, one token has 16-bit operands)
 ROWS_TOKENS = 16
