@@ -30,6 +30,11 @@ def i32() -> Any:
     return ir.IntegerType.get_signless(32)
 
 
+def i64() -> Any:
+    """The MLIR type of an address in global memory."""
+    return ir.IntegerType.get_signless(64)
+
+
 def f32() -> Any:
     """The MLIR type of a float32 register."""
     return ir.F32Type.get()

@@ -216,6 +216,16 @@ def supported_config(problem: Problem, config: Config) -> str | None:
     return None
 
 
+def tiles_of(config: Config) -> int:
+    """Tiles of 64 inputs of a stage that a warpgroup multiplies."""
+    return config.block_k // config.k_warpgroups // 64
+
+
+def tiles_of_scale(problem: Problem, config: Config) -> int:
+    """Those of them that share a scale."""
+    return min((problem.group_size or config.block_k) // 64, tiles_of(config))
+
+
 def blocks_of(problem: Problem, config: Config) -> int:
     """Blocks of outputs and tokens."""
     return -(-problem.outputs // config.rows) * -(-problem.tokens // config.block_m)

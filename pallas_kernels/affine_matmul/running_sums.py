@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops
-from pallas_kernels.affine_matmul.config import SEGMENT, Config, Problem
+from pallas_kernels.affine_matmul.config import SEGMENT, Config, Problem, tiles_of, tiles_of_scale
 from pallas_kernels.affine_matmul.register_decode import byte_factor
 from pallas_kernels.compat import Value, arith
 
@@ -122,9 +122,7 @@ def begin_stage(
     before: list[Value],
 ) -> tuple[list[Value], list[Value], list[Value], list[Value]]:
     """A state in registers after the products of a stage, the last of which are unfinished, and their operands."""
-    own_inputs = config.block_k // config.k_warpgroups
-    run = min(problem.group_size or own_inputs, own_inputs) // 64  # tiles that share a scale
-    tiles = own_inputs // 64
+    tiles, run = tiles_of(config), tiles_of_scale(problem, config)
     for tile in range(min(AHEAD, tiles)):
         reader.read(tile)
 
