@@ -47,6 +47,10 @@ Packed = AffineWeight | CodebookWeight
 #
 # (inside, one token has 16-bit operands)
 ROWS_TOKENS = 16
+# Beyond so many tokens the tensor core multiplies 16-bit activations no faster by packed weights than by dense ones.
+# Measured (bench/results/matmul.md): 0.69 to 1.17 of their speed at 256 tokens, 0.73 to 1.04 beyond, most near 1; the
+# worst are small matrices with sparse entries. XLA alone gives 0.54 with groups and entries, 0.8 with a scale a row.
+DENSE_TOKENS = 128
 
 
 def no_fragments(layer: QuantizedLinear) -> str | None:
@@ -147,7 +151,10 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
         entries = ", sparse entries " + ("by row" if tiles is None else "added to the weights")
     shared = ", the last ones shared" if config.stream_k or config.cluster > 1 else ""
     blocks = f"blocks of {config.rows} outputs x {config.block_m} tokens{shared}"
-    return f"{codes} by {inputs}, {blocks}{columns}{entries}"
+    bound = ""
+    if problem.x_bytes == 2 and tokens > DENSE_TOKENS:
+        bound = "; so many 16-bit tokens take about as long as by dense weights, on small matrices up to 1.4 times"
+    return f"{codes} by {inputs}, {blocks}{columns}{entries}{bound}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -238,7 +238,7 @@ def _pieces(problem: Problem, peak: Value, column: Value) -> tuple[Pack, Value]:
 
     def rounded(x: Value) -> Value:
         """X + 128 + 2**15: the first digit is byte 2, and the others, each with 128 added, are bytes 1 and 0."""
-        # A conversion to an integer would take longer than all the rest. The first sum rounds to a multiple of 256.
+        # Sums with _MAGIC round to integers of 22 bits, so the first leaves a multiple of 256.
         high = ops.multiply_add(x, eighth, magic)
         rest = ops.multiply(ops.add(high, ops.float_constant(-_MAGIC)), ops.float_constant(-256.0))
         low = ops.add(ops.multiply_add(x, power, rest), magic)

@@ -235,6 +235,15 @@ def _token_layers(columns: int) -> dict[str, tuple[QuantizedLinear, bool]]:
 
 
 @pytest.mark.usefixtures("on_hopper")
+def test_many_tokens_of_16_bits_are_said_to_gain_no_time() -> None:
+    for name, (layer, _) in _token_layers(208).items():
+        ready = prepare(layer)
+        for tokens in (1, hopper.DENSE_TOKENS, 256):
+            slow = layer.activation is None and tokens > hopper.DENSE_TOKENS
+            assert ("by dense weights" in choose(ready, tokens, dtype=jnp.bfloat16).reason) == slow, name
+
+
+@pytest.mark.usefixtures("on_hopper")
 def test_one_token_becomes_integers_in_the_kernel() -> None:
     for name, (layer, inside) in _token_layers(208).items():
         ready = prepare(layer)
