@@ -76,8 +76,8 @@ def candidates(problem: Problem) -> list[Config]:
         found = _few(problem, wide)
     else:
         found = _many(problem) + [_sized(problem, Config(128, block_k, 2)) for block_k in (256, 128, 64)]
-    # whatever the group size: the smallest blocks
-    return found + [_sized(problem, Config(wide, block_k, 1)) for block_k in (128, 64)]
+    # whatever the group size: the smallest blocks, and those whose zero points fill a copy
+    return found + [_sized(problem, Config(wide, block_k, rows)) for rows in (1, 2) for block_k in (128, 64)]
 
 
 def _few(problem: Problem, wide: int) -> list[Config]:

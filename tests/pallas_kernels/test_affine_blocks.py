@@ -1,6 +1,7 @@
 """Blocks of the affine kernel that CTAs share, blocks that leave in tiles, and which blocks a problem gets."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -140,3 +141,20 @@ def test_small_products_keep_exact_weights() -> None:
     small = affine.Problem(128, 4096, 4096, 4, 128, False, "bfloat16", "float16")
     large = dataclasses.replace(small, tokens=2048, outputs=28672, inputs=8192)
     assert not affine.rounds_weights(small) and affine.rounds_weights(large)
+
+
+def test_every_supported_problem_has_a_configuration() -> None:
+    """Also where zero points of 64 outputs are less than a copy and no more are asked for: N = 4096, long groups."""
+    sizes = itertools.product((208, 576, 4096, 28672), (64, 576, 4096, 28672))
+    kinds = list(itertools.product((2, 4, 8), (64, 128, 512, None), (False, True)))
+    beside = [("bfloat16", 1, ""), ("int8", 1, ""), ("int8", 1, "bfloat16"), ("int8", 3, "bfloat16")]
+    found = 0
+    for (inputs, outputs), (bits, group, zeros), (dtype, pieces, own) in itertools.product(sizes, kinds, beside):
+        for tokens in (1,) if own else (1, 17, 64, 300):
+            size = 1 << 15 if zeros and group is None else group
+            facts = tokens, outputs, inputs, bits, size, zeros, dtype, "bfloat16"
+            problem = affine.Problem(*facts, pieces=pieces, token_dtype=own)
+            if affine.supported(problem) is None:
+                assert affine.supported_config(problem, affine.choose(problem)) is None
+                found += 1
+    assert found > 3000
