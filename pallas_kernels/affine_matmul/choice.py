@@ -86,9 +86,11 @@ def _few(problem: Problem, wide: int) -> list[Config]:
     if blocks > MULTIPROCESSORS:
         if problem.x_bytes == 2 and tokens <= 16:
             found += [Config(wide, 1024, 1, 4, cluster=2)]
-        elif problem.x_bytes == 2 and tokens > 32 and blocks > 2 * MULTIPROCESSORS:
-            # blocks of 256 outputs leave some multiprocessors idle; fewer of them would be cut too small
-            found += [Config(wide, 128, 4, stream_k=True)]
+        elif problem.x_bytes == 2 and blocks > 2 * MULTIPROCESSORS:
+            # blocks of 256 outputs leave some multiprocessors idle; fewer of them would be cut too small. With up to 32
+            # tokens sharing them pays for decoding that takes long: of 2 or 3 bits, or with entries added
+            if tokens > 32 or problem.bits < 4 or problem.entry_words:
+                found += [Config(wide, 128, 4, stream_k=True)]
     elif 2 * blocks >= MULTIPROCESSORS - 8:  # blocks of 64 outputs for half of the multiprocessors
         if problem.x_bytes == 1 and problem.inputs <= 4096:
             return [_sized(problem, Config(wide, block_k, 1, 4), parts=False) for block_k in (512, 256)]
