@@ -126,9 +126,15 @@ def stage_steps(problem: Problem, config: Config, kind: Any, decoder: Decoder | 
     return StageSteps(read_ahead, begin, finish)
 
 
+def _unfinished(problem: Problem, config: Config) -> int:
+    """Tiles of a stage whose products may be unfinished at its end."""
+    one_after_another = sums_groups(problem, config) or runs_on(problem)
+    return min(IN_FLIGHT, tiles_of_scale(problem, config) if one_after_another else tiles_of(config))
+
+
 def _flying(problem: Problem, config: Config) -> int:
-    """Operand registers of the products of a stage that may be unfinished at its end."""
-    return min(IN_FLIGHT, tiles_of_scale(problem, config)) * 8 * problem.x_bytes * problem.planes
+    """Their operand registers."""
+    return _unfinished(problem, config) * 8 * problem.x_bytes * problem.planes
 
 
 def _begin_stage(problem: Problem, config: Config, reader: StageReader, total: list[Value]) -> list[list[Value]]:
@@ -153,8 +159,8 @@ def _begin_stage(problem: Problem, config: Config, reader: StageReader, total: l
             apart = reader.multiply_entries(tile, grid, apart)
         sums = reader.multiply(sums, fragments, tile)
         flying.append([register for fragment in fragments for register in fragment])
-        ends = (tile + 1) % run == 0 if grouped else tile + 1 == tiles
-        if tile % run > 0 and not ends:
+        begins, ends = (tile % run == 0, (tile + 1) % run == 0) if grouped else (tile == 0, tile + 1 == tiles)
+        if not begins and not ends:
             ops.wait_for_earlier(problem.planes)  # the registers of the operand before are free
         if waiting is not None:
             total = _scaled(total, *waiting, in_flight=1)
@@ -168,7 +174,7 @@ def _begin_stage(problem: Problem, config: Config, reader: StageReader, total: l
     assert grid is not None and sums is not None
     pending = [total, sums, grid.scales] if grouped else [sums]
     pending += [] if apart is None else [apart]
-    return [*pending, [register for operands in flying[-min(IN_FLIGHT, run) :] for register in operands]]
+    return [*pending, [register for operands in flying[-_unfinished(problem, config) :] for register in operands]]
 
 
 def _finish_stage(problem: Problem, config: Config, *pending: list[Value]) -> list[list[Value]]:
