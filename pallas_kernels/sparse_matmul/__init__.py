@@ -4,7 +4,7 @@ values [nnz], columns [nnz], row_pointer int32 [N + 1] or rows int32 [nnz] ascen
 arXiv 2306.07629, about 0.45 % of all entries.
 
     gather_sum   jax.numpy, any device
-    add_rows     GPU: y + the sum, entries as `prepare_rows` lays them out; the inputs of up to 16 tokens are gathered
+    add_rows     GPU: y + the sum, entries as `prepare_rows` lays them out; the inputs of up to 8 tokens are gathered
                  from shared memory on a Hopper GPU (`SharedConfig`), else from the cache (`Config`)
 
 `affine_matmul` and `codebook_matmul` can add the entries to their decoded weights instead: `prepare_tiles` lays them

@@ -397,7 +397,7 @@ def made(case: tuple[int, int | None, int, int], outputs: int, inputs: int) -> d
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("outputs", "inputs"), [(130, 576), (4096, 1024), (4096, 8192), (130, 28672), (8192, 28672)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(130, 576), (4096, 8192), (130, 28672)])
 def test_the_product_is_that_after_a_launch(
     case: tuple[int, int | None, int, int], dtype: str, outputs: int, inputs: int
 ) -> None:

@@ -1,6 +1,8 @@
 """The machine instructions of the kernels, as functions on registers (MLIR values inside `plgpu.inline_mgpu`).
 
-arithmetic.py   on 32-bit registers      memory.py   loads, stores, barriers      tensor_core.py   products
+    arithmetic.py   on 32-bit registers      memory.py   loads, stores, barriers      tensor_core.py   products
+
+Modules of the kernels import all of them as `ops`.
 """
 
 from pallas_kernels.affine_matmul.instructions.arithmetic import (
