@@ -51,6 +51,9 @@ ROWS_TOKENS = 16
 # Measured (bench/results/matmul.md): 0.69 to 1.17 of their speed at 256 tokens, 0.73 to 1.04 beyond, most near 1; the
 # worst are small matrices with sparse entries. XLA alone gives 0.54 with groups and entries, 0.8 with a scale a row.
 DENSE_TOKENS = 128
+# A 16-bit token of more inputs takes less time if a launch splits it than if every multiprocessor does for itself: 30.5
+# and 32.8 us beside 3-bit tables of 8192 x 28672; and beside groups less in 16 bits, 33.6 and 34.2.
+SPLIT_INPUTS = 16384
 
 
 def no_fragments(layer: QuantizedLinear) -> str | None:
@@ -303,6 +306,8 @@ def _own_token(
     if problem.tokens != 1 or problem.x_dtype != "int8" or dtype == "int8":
         return None
     if act is not None and (kept is not None or not act.symmetric):
+        return None
+    if problem.pieces > 1 and problem.inputs > SPLIT_INPUTS:
         return None
     own = dataclasses.replace(problem, token_dtype=dtype, token_bits=8 if act is None else act.bits)
     return own if affine_matmul.no_own_token(own) is None else None

@@ -21,8 +21,9 @@ MOST_WARPGROUPS = 5
 STORED_TOKENS = 16  # of a tile in which outputs leave: four matrices a warp
 _ALIGNMENT = 1024  # of what lies in shared memory
 LARGEST_OWN_TOKEN = 32768  # inputs: a thread of 128 keeps as many registers as it can
-LARGEST_SPLIT_TOKEN = 16384  # inputs in pieces, which every multiprocessor makes for itself
 BEHIND_TOKEN = 128  # bytes, which the tensor core reads, for columns that are none
+AHEAD = 2  # tiles whose words are read before they are decoded
+IN_FLIGHT = 2  # tiles that are decoded before the products before are waited for
 SEGMENT = 512  # inputs of a warpgroup after which running sums start anew
 
 ScaleWhere = Literal["sum", "operand"]
@@ -108,11 +109,6 @@ class Problem:
         return 128 // self.x_bytes
 
     @property
-    def token_rows(self) -> int:
-        """Rows of 16 bytes from a chunk of a token that the kernel made to the next: as few as there are pieces."""
-        return self.pieces
-
-    @property
     def multiplies_entries(self) -> bool:
         """Whether sparse entries are multiplied by the inputs of the only token, and not added to weights."""
         return self.entry_words > 0 and self.tokens == 1
@@ -149,7 +145,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
 def token_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of the codes of a token that the kernel makes itself, for all stages, and of what goes with it."""
     steps = config.splits * -(-problem.inputs // (config.block_k * config.splits))
-    return steps * config.block_k * problem.token_rows + BEHIND_TOKEN
+    return steps * config.block_k * problem.pieces + BEHIND_TOKEN
 
 
 def kept_places(problem: Problem, config: Config) -> int:
@@ -293,8 +289,6 @@ def no_own_token(problem: Problem) -> str | None:
         return f"{problem.tokens} tokens; the kernel quantizes one"
     if problem.inputs % 16 or problem.inputs > LARGEST_OWN_TOKEN:
         return f"K={problem.inputs} is not a multiple of 16 up to {LARGEST_OWN_TOKEN}, a token in registers"
-    if problem.pieces > 1 and problem.inputs > LARGEST_SPLIT_TOKEN:
-        return f"K={problem.inputs}: a launch splits more than {LARGEST_SPLIT_TOKEN} inputs in less time"
     if problem.kept_columns or problem.entry_words:
         return "the kernel quantizes a whole token, with nothing kept and no entries beside it"
     return None

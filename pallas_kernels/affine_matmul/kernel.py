@@ -205,7 +205,7 @@ def _body(
 
         def stage_at(slot: Any, number: Any = 0) -> list[Any]:
             """What is in a slot, and of a token for all stages the codes of that number."""
-            size = config.block_k * problem.token_rows
+            size = config.block_k * problem.pieces
             places = {name: pl.ds(number * size, size) if name == "token" else slot for name in names}
             return [shared[name].at[place] for name, place in places.items()] + overflow
 

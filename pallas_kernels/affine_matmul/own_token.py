@@ -15,7 +15,7 @@ A thread has whole chunks of 16 inputs: number thread, thread + threads, .. It l
 and keeps them from the first pass, for the largest magnitude, to the second, which makes the codes. In slot order word
 t of a chunk is made of words t and t + 4 of x, as in `activation_quantize.rows`.
 
-Shared memory, int8 [chunks of all stages, rows, 16] and BEHIND_TOKEN bytes; rows: pieces, or 1. For the tensor core
+Shared memory, int8 [chunks of all stages, pieces, 16] and BEHIND_TOKEN bytes; pieces: 3, or 1. For the tensor core
 these are core matrices of eight rows of 16 bytes, K-major without swizzle, which overlap: that of chunk c begins at
 row 0 of it, and its rows from the pieces on are those of the following chunks. Their columns of the product are finite,
 and nothing reads them, or they have the scale 0. So a token takes as many bytes as it has codes. Inputs past the end
@@ -129,9 +129,9 @@ def load_chunks(problem: Problem, config: Config, x: Value, thread: Value) -> li
 
 def quantize(problem: Problem, config: Config, loaded: list[list[Value]], token: Value, thread: Value) -> None:
     """What one of the computing threads does with its chunks; token is an address."""
-    threads, rows, pieces = config.warpgroups * compat.THREADS, problem.token_rows, problem.pieces
+    threads, pieces = config.warpgroups * compat.THREADS, problem.pieces
     size = token_bytes(problem, config) - BEHIND_TOKEN
-    chunks = size // (_CHUNK * rows)
+    chunks = size // (_CHUNK * pieces)
     largest = _largest(loaded, token, size, threads, thread)
     if goes_first(problem):
         ops.tell_threads(threads + compat.THREADS)
@@ -146,12 +146,12 @@ def quantize(problem: Problem, config: Config, loaded: list[list[Value]], token:
     scale = ops.where_below(column, pieces, ops.where_below(largest, infinity, scale, constant(_NAN)), constant(0))
     # all that share a column write the same
     ops.store_shared(arith.addi(token, arith.muli(column, constant(4))), size + _SCALES, scale)
-    place = arith.addi(token, arith.muli(thread, constant(_CHUNK * rows)))
+    place = arith.addi(token, arith.muli(thread, constant(_CHUNK * pieces)))
     for index, first in enumerate(range(0, chunks, threads)):
         words = pack(loaded[index]) if index < len(loaded) else [constant(0)] * 4 * pieces
         inside = None if first + threads <= chunks else chunks - first
         for row in range(pieces):
-            offset = _CHUNK * (first * rows + row)
+            offset = _CHUNK * (first * pieces + row)
             ops.store_chunk(place, offset, words[4 * row : 4 * row + 4], thread, inside)
     ops.fence_copies()
     ops.wait_for_threads(threads)

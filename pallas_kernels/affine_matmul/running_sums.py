@@ -28,15 +28,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops
-from pallas_kernels.affine_matmul.config import SEGMENT, Config, Problem, tiles_of, tiles_of_scale
+from pallas_kernels.affine_matmul.config import AHEAD, IN_FLIGHT, SEGMENT, Config, Problem, tiles_of, tiles_of_scale
 from pallas_kernels.affine_matmul.register_decode import byte_factor
 from pallas_kernels.compat import Value, arith
 
 _LARGEST_TOKEN = 128  # -128 is an int8
 _DENORMAL = 2.0**-149  # float32 whose bits are 1
 _UNIT = 2.0**100
-AHEAD = 2  # tiles whose words are read before they are decoded
-IN_FLIGHT = 2  # tiles that are decoded before the products before are waited for
 
 State = tuple[Any, Any, Any]  # float32 totals, int32 running sums, the scales of rows r0 and r1 that they wait for
 

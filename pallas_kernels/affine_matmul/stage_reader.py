@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops, register_decode as decode, running_sums
-from pallas_kernels.affine_matmul.config import Config, Problem, runs_on, tiles_of
+from pallas_kernels.affine_matmul.config import AHEAD, Config, Problem, runs_on, tiles_of
 from pallas_kernels.affine_matmul.epilogue import row_of
-from pallas_kernels.affine_matmul.running_sums import AHEAD
 from pallas_kernels.compat import Value, arith, constant
 from pallas_kernels.sparse_matmul.adder import EntryAdder
 
@@ -53,8 +52,8 @@ class StageReader:
         words, x, *grids = [ops.shared_address(ref) for ref in stage]
         self.base = arith.addi(words, arith.muli(first_tile, constant(tile_bytes)))
         if problem.token_dtype:
-            self.x = arith.addi(x, arith.muli(k_part, constant(own_inputs * problem.token_rows)))
-            self.columns = ops.rows_descriptor(self.x, problem.token_rows)
+            self.x = arith.addi(x, arith.muli(k_part, constant(own_inputs * problem.pieces)))
+            self.columns = ops.rows_descriptor(self.x, problem.pieces)
         else:
             # Inputs of k_part begin at a swizzle atom: 1 KiB holds eight tokens and 128 bytes of inputs.
             self.x = arith.addi(x, arith.muli(k_part, constant(own_inputs // problem.x_columns * 1024)))
@@ -95,14 +94,14 @@ class StageReader:
     def offset(self, tile: int) -> int:
         """Bytes from the descriptor's address to the columns of a tile."""
         if self.problem.token_dtype:
-            return tile * 64 * self.problem.token_rows
+            return tile * 64 * self.problem.pieces
         atom, within = divmod(tile * 64, self.problem.x_columns)
         return atom * 1024 + within * self.problem.x_bytes
 
     def multiply(self, sums: list[Value] | None, fragments: list[list[Value]], tile: int) -> list[Value]:
         """Issues the products of a tile, those of each plane with its own sums."""
         width, planes = self.config.block_m, self.problem.planes
-        step_bytes = 32 * self.problem.token_rows if self.problem.token_dtype else 32
+        step_bytes = 32 * self.problem.pieces if self.problem.token_dtype else 32
         found = []
         for plane in range(planes):
             own = None if sums is None else sums[plane * width // 2 : (plane + 1) * width // 2]

@@ -30,6 +30,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops, running_sums
 from pallas_kernels.affine_matmul.config import (
+    AHEAD,
+    IN_FLIGHT,
     Config,
     Problem,
     registers_of_sums,
@@ -39,7 +41,6 @@ from pallas_kernels.affine_matmul.config import (
     tiles_of,
     tiles_of_scale,
 )
-from pallas_kernels.affine_matmul.running_sums import AHEAD, IN_FLIGHT
 from pallas_kernels.affine_matmul.stage_reader import Grid, StageReader, registers_ahead
 from pallas_kernels.compat import Value, arith
 

@@ -255,6 +255,10 @@ def test_one_token_becomes_integers_in_the_kernel() -> None:
                 assert count_kernels(program) == (name == "w8a8") and "mosaic_gpu" in program, name
         many = jax.ShapeDtypeStruct((3, 1, 208), jnp.bfloat16)
         assert "mosaic_gpu" in lower_for_gpu(jax.vmap(linear, in_axes=(0, None)), many, ready)
+    for inputs in (hopper.SPLIT_INPUTS, hopper.SPLIT_INPUTS + 16):
+        split = blocks.Problem(1, 64, inputs, 4, None, False, "int8", "float32", pieces=3)
+        own = hopper._own_token(split, None, None, "bfloat16")
+        assert (own is not None) == (inputs <= hopper.SPLIT_INPUTS)
     # not of a length that is no multiple of 16, of float32, or with columns that are kept
     ready = prepare(_token_layers(200)["w8a8-actsym"][0])
     assert "made in the kernel" not in choose(ready, 1).reason

@@ -19,7 +19,7 @@ import pytest
 from pallas_kernels import affine_matmul as affine, codebook_matmul as codebook
 from pallas_kernels.activation_quantize import quantize, quantize_rows
 from pallas_kernels.affine_matmul import choice, own_token
-from pallas_kernels.affine_matmul.config import BEHIND_TOKEN, LARGEST_SPLIT_TOKEN, token_bytes
+from pallas_kernels.affine_matmul.config import BEHIND_TOKEN, token_bytes
 from pallas_kernels.codebook_matmul import choice as table_choice
 from pallas_kernels.codebook_matmul.decode import table_words
 from pallas_kernels.fragments import fragments_shape, slot_order, unpack_fragments
@@ -163,7 +163,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
         with np.errstate(all="ignore"):
             loaded = own_token.load_chunks(problem, config, np.int64(0), thread)
             own_token.quantize(problem, config, loaded, np.uint32(START), thread)
-        codes = shared[START:-BEHIND_TOKEN].view(np.int8).reshape(-1, problem.token_rows, 16)[:, : problem.pieces]
+        codes = shared[START:-BEHIND_TOKEN].view(np.int8).reshape(-1, problem.pieces, 16)
         return codes, shared[-BEHIND_TOKEN + 64 :][:32].view(np.float32)
 
     return run
@@ -239,16 +239,14 @@ def test_a_token_that_is_not_finite_has_no_scale(odd: float, pieces: int, dtype:
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_the_tensor_core_finds_the_columns(pieces: int, run: Any) -> None:
-    """A descriptor without swizzle: core matrices of 8 x 16 bytes, those of a step `token_rows` rows apart."""
+    """A descriptor without swizzle: core matrices of 8 x 16 bytes, those of a step `pieces` rows apart."""
     problem, config = own(1024, "bfloat16", pieces), CONFIGS[0]
     codes, _ = run(problem, config, tokens("bfloat16", 1024)["usual"])
-    rows = problem.token_rows
-    memory = np.pad(codes, ((0, 0), (0, rows - pieces), (0, 0))).reshape(-1)
-    memory = np.concatenate([memory, np.full(BEHIND_TOKEN, 77, np.int8)])
-    own_inputs, leading = config.block_k // config.k_warpgroups, 16 * rows
+    memory = np.concatenate([codes.reshape(-1), np.full(BEHIND_TOKEN, 77, np.int8)])
+    own_inputs, leading = config.block_k // config.k_warpgroups, 16 * pieces
     for stage, k_part, tile, step in itertools.product(range(2), range(2), range(own_inputs // 64), range(2)):
         first = stage * config.block_k + k_part * own_inputs + 64 * tile + 32 * step
-        start = first * rows
+        start = first * pieces
         for half, row in itertools.product(range(2), range(8)):
             place = start + half * leading + 16 * row
             line = memory[place : place + 16]
@@ -321,7 +319,6 @@ def problem_of(case: tuple[int, int | None, int, int], outputs: int, inputs: int
 @pytest.mark.parametrize("case", CASES + PARTED, ids=str)
 @pytest.mark.parametrize("inputs", [576, 1024, 8192, 28672])
 def test_lowers_for_cuda_without_a_launch(case: tuple[int, int | None, int, int], inputs: int) -> None:
-    inputs = longest(case, inputs)
     for dtype in ("bfloat16", "float16"):
         x = jax.ShapeDtypeStruct((1, inputs), jnp.dtype(dtype))
         program = lower_for_gpu(product(case, 200), x, shapes(case, 200, inputs))
@@ -331,14 +328,9 @@ def test_lowers_for_cuda_without_a_launch(case: tuple[int, int | None, int, int]
     assert count_kernels(program) == 0 and "mosaic_gpu" in program
 
 
-def longest(case: tuple[int, int | None, int, int], inputs: int) -> int:
-    """`inputs`, or as many as the kernel splits."""
-    return min(inputs, LARGEST_SPLIT_TOKEN) if case[3] > 1 else inputs
-
-
 def test_every_token_has_a_configuration() -> None:
     for case, inputs, outputs in itertools.product(CASES + PARTED, (16, 576, 8192, 28672, 32768), (64, 4096, 28672)):
-        this = problem_of(case, outputs, longest(case, inputs), "bfloat16")
+        this = problem_of(case, outputs, inputs, "bfloat16")
         config = (table_choice.choose if case[2] else affine.choose)(this)
         assert affine.supported_config(this, config) is None and not choice.few_stages(this, config)
 
@@ -353,7 +345,6 @@ def test_what_is_no_token_to_quantize_is_said() -> None:
         ({"token_dtype": "float32"}, "a token to quantize is float32"),
         ({"token_bits": 9}, "9 bits; expected int8 of 2 to 8 bits"),
         ({"pieces": 2}, "2 rows of int8"),
-        ({"pieces": 3, "inputs": 28672}, "a launch splits more than 16384 inputs"),
         ({"kept_columns": 64}, "nothing kept"),
     ]
     for changes, reason in cases:
@@ -401,7 +392,6 @@ def made(case: tuple[int, int | None, int, int], outputs: int, inputs: int) -> d
 def test_the_product_is_that_after_a_launch(
     case: tuple[int, int | None, int, int], dtype: str, outputs: int, inputs: int
 ) -> None:
-    inputs = longest(case, inputs)
     arrays = made(case, outputs, inputs)
     this = problem_of(case, outputs, inputs, dtype)
     config = (table_choice.choose if case[2] else affine.choose)(this)
