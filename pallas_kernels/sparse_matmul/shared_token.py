@@ -75,7 +75,7 @@ def no_shared_token(shape: Shape) -> str | None:
         return f"outputs are {shape.out_dtype}, not bfloat16, float16 or float32"
     if shape.tokens > LARGEST_TOKENS:
         return f"{shape.tokens} tokens are more than {LARGEST_TOKENS}"
-    if shape.tokens * shape.rows >= 2**30 or shape.quads >= 2**26:
+    if shape.tokens * shape.rows >= 2**30 or shape.quads >= 2**25:  # quads times 32 bytes, with a sign
         return "its places do not fit 32 bits"
     if shared_bytes(shape, SharedConfig(1, 8, 4)) > _SHARED_BYTES:
         return f"{shape.columns} inputs and {shape.part} quads exceed shared memory"

@@ -249,7 +249,8 @@ class _Text:
             self._add(f"@there st.shared.{_LOADS[4 * len(group)]} [place + {4 * i}], {_group(group)};")
 
     def _sum_row(self, number: int) -> None:
-        """The quads of a row, four at a time, then those of the other threads that share it."""
+        """The quads of a row, four at a time, then those of the other threads that share it. A row without any may lie
+        in front of the part: its places are negative."""
         each = 4 * self.tokens
         self._add(f"and.b32 from, start{number}, {~LONG};", f"and.b32 to, stop{number}, {~LONG};")
         self._add("sub.u32 from, from, base;", "sub.u32 to, to, base;", "add.u32 from, from, piece;")
@@ -257,10 +258,10 @@ class _Text:
         self._add("mov.b32 sum, 0;", f"again{number}:", _ONE_BY_ONE)
         stride = each * self.pieces
         for i in range(4):
-            self._add(f"add.u32 place, from, {i * stride};", "setp.lt.u32 there, place, to;", f"mov.b32 ahead{i}, 0;")
+            self._add(f"add.u32 place, from, {i * stride};", "setp.lt.s32 there, place, to;", f"mov.b32 ahead{i}, 0;")
             self._add(f"@there ld.shared.b32 ahead{i}, [place];")
         self._add(*(f"add.rn.f32 sum, sum, ahead{i};" for i in range(4)), f"add.u32 from, from, {4 * stride};")
-        self._add("setp.lt.u32 more, from, to;", f"@more bra again{number};")
+        self._add("setp.lt.s32 more, from, to;", f"@more bra again{number};")
         self._add(*_over_lanes("sum", self.tokens, self.config.lanes))
         self._add(f"setp.ge.and.s32 there, start{number}, 0, owned{number};")
         self._write(number)

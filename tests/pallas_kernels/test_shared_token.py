@@ -87,6 +87,18 @@ def test_the_instructions_add_every_entry_once(name: str, call: tuple[int, str, 
     _assert_rounded(found, y, x, dense)
 
 
+def test_rows_without_entries_may_lie_far_in_front_of_their_part() -> None:
+    # from some part on the bytes between are more than the address of the sums
+    counts, columns = _CASES["a full row among empty ones"]
+    values, column, pointer, dense = matrix(np.array(counts), columns)
+    sparse = prepare_rows(values, column, pointer, parts=132)
+    x, y = np.ones((2, columns), np.float16), np.ones((2, len(counts)), np.float32)
+    shape = shape_of(x, sparse, "float32")
+    assert 4 * 2 * (132 * shape.part - shape.quads) > 2 * 2 * columns
+    found = _carried_out(y, x, sparse, "float32", default_shared(shape))
+    _assert_rounded(found, y, x, dense)
+
+
 @pytest.mark.parametrize("config", [SharedConfig(1, 1, 1), SharedConfig(1, 3, 32), SharedConfig(2, 2, 8)], ids=str)
 def test_every_configuration_gives_the_same_sums(config: SharedConfig) -> None:
     counts = np.random.default_rng(0).integers(0, 40, 200)
