@@ -60,14 +60,9 @@ def warpgroup_barrier() -> None:
     _mosaic.warpgroup_barrier()
 
 
-def pointer(ref: Value) -> Value:
-    """The address of the first element of a memref, an LLVM pointer: space 3 for shared memory, 1 or 0 for global."""
-    return _mosaic.memref_ptr(ref)
-
-
 def address(ref: Value) -> Value:
     """The byte address of a memref as an integer register, of 32 bits in shared memory and of 64 in global memory."""
-    place = pointer(ref)
+    place = _mosaic.memref_ptr(ref)
     width = 32 if llvm.PointerType(place.type).address_space == 3 else 64
     return llvm.ptrtoint(ir.IntegerType.get_signless(width), place)
 

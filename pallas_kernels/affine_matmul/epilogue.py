@@ -63,7 +63,7 @@ def store_block(problem: Problem, config: Config, dtype: Any) -> Callable[..., N
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), [compat.SCALAR] * 3, layout))
     def store(_: Any, out: Value, places: list[Any], block: Any) -> None:
         first_token, first_row, split = (compat.scalar_of(place) for place in places)
-        base, name = ops.global_address(out), jnp.dtype(dtype).name
+        base, name = compat.address(out), jnp.dtype(dtype).name
         _store(problem, base, name, split, *_first(first_token, first_row), compat.registers_of(block))
 
     def run(out: Any, split: Any, first_token: Any, first_row: Any, block: jax.Array) -> None:
@@ -75,7 +75,7 @@ def store_block(problem: Problem, config: Config, dtype: Any) -> Callable[..., N
 def _address(problem: Problem, name: str, ref: Value) -> Value:
     """The scales of a token that the kernel quantized lie in shared memory, one a column."""
     own = problem.token_dtype and name == "x_scales"
-    return ops.shared_address(ref) if own else ops.global_address(ref)
+    return compat.address(ref) if own else compat.address(ref)
 
 
 def _values(problem: Problem, config: Config) -> int:

@@ -94,7 +94,7 @@ def kept_product(problem: Problem, config: Config) -> Callable[..., jax.Array]:
         return_type=compat.registers_type(count, jnp.float32),
     )
     def multiply(_: Any, tile: list[Value], y: Any, row_part: Any) -> Any:
-        words, x = (ops.shared_address(ref) for ref in tile)
+        words, x = (compat.address(ref) for ref in tile)
         own = arith.addi(words, arith.muli(compat.scalar_of(row_part), constant(_TILE_BYTES)))
         fragments = read_kept(own, compat.thread_in_warpgroup())
         columns = ops.columns_descriptor(x, 1024)  # groups of eight tokens follow each other

@@ -45,7 +45,7 @@ def store_tiles(config: Config, dtype: Any) -> Callable[..., None]:
     def put(chunk: int, tile: Any, block: jax.Array) -> None:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_SWIZZLE), layout))
         def run(_: Any, tile: Value, block: Any) -> None:
-            line = line_address(ops.shared_address(tile), compat.thread_in_warpgroup())
+            line = line_address(compat.address(tile), compat.thread_in_warpgroup())
             registers = compat.registers_of(block)[TOKENS // 2 * chunk : TOKENS // 2 * (chunk + 1)]
             pairs = zip(registers[::2], registers[1::2], strict=True)
             matrices = [ops.pack_pair(low, high, operand) for low, high in pairs]

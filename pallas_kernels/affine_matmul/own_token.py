@@ -86,7 +86,7 @@ def ask_for_token(problem: Problem, config: Config) -> Callable[[Any, Any], jax.
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), compat.SCALAR), return_type=compat.registers_type(count, jnp.int32))
     def ask(_: Any, x: Value, warpgroup: Any) -> Any:
-        loaded = load_chunks(problem, config, ops.global_address(x), _thread(warpgroup))
+        loaded = load_chunks(problem, config, compat.address(x), _thread(warpgroup))
         return compat.array_of([word for chunk in loaded for word in chunk])
 
     return ask  # pyright: ignore[reportReturnType]
@@ -101,7 +101,7 @@ def make_token(problem: Problem, config: Config) -> Callable[[jax.Array, Any, An
     def make(_: Any, chunks: Any, token: Value, warpgroup: Any) -> None:
         words = compat.registers_of(chunks)
         loaded = [words[i : i + 8] for i in range(0, count, 8)]
-        quantize(problem, config, loaded, ops.shared_address(token), _thread(warpgroup))
+        quantize(problem, config, loaded, compat.address(token), _thread(warpgroup))
 
     return make  # pyright: ignore[reportReturnType]
 

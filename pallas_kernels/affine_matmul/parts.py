@@ -119,7 +119,7 @@ def _store_in_first(where: Any, sums: jax.Array) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def store(_: Any, where: Any, sums: Any) -> None:
-        own = arith.addi(ops.shared_address(where), arith.muli(compat.thread_in_warpgroup(), constant(4)))
+        own = arith.addi(compat.address(where), arith.muli(compat.thread_in_warpgroup(), constant(4)))
         first = ops.address_in_cluster(own, 0)
         for i, register in enumerate(compat.registers_of(sums)):
             ops.store_in_cluster(first, 4 * compat.THREADS * i, register)

@@ -47,9 +47,9 @@ class StageReader:
         if problem.entry_words:
             *stage, slots, overflow = stage
             first_block = arith.muli(first_tile, constant(2 * problem.entry_words))  # bytes: a block is two tiles
-            own_slots = arith.addi(ops.shared_address(slots), first_block)
-            self.adder = EntryAdder(own_slots, ops.global_address(overflow), self.operand, problem.entry_words)
-        words, x, *grids = [ops.shared_address(ref) for ref in stage]
+            own_slots = arith.addi(compat.address(slots), first_block)
+            self.adder = EntryAdder(own_slots, compat.address(overflow), self.operand, problem.entry_words)
+        words, x, *grids = [compat.address(ref) for ref in stage]
         self.base = arith.addi(words, arith.muli(first_tile, constant(tile_bytes)))
         if problem.token_dtype:
             self.x = arith.addi(x, arith.muli(k_part, constant(own_inputs * problem.pieces)))

@@ -129,13 +129,13 @@ def _store(place: Any, semaphore: Any, sums: jax.Array) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), layout))
     def store(_: Any, place: Any, semaphore: Any, sums: Any) -> None:
-        own = ops.thread_address(ops.global_address(place), 16)
+        own = ops.thread_address(compat.address(place), 16)
         registers = compat.registers_of(sums)
         for i in range(0, len(registers), 4):
             ops.store_four(own, 4 * compat.THREADS * i, registers[i : i + 4])
         ops.fence_device()
         compat.warpgroup_barrier()  # one thread tells for all
-        ops.raise_semaphore(ops.global_address(semaphore), compat.thread_in_warpgroup())
+        ops.raise_semaphore(compat.address(semaphore), compat.thread_in_warpgroup())
 
     store(place, semaphore, sums)  # pyright: ignore[reportCallIssue]
 
@@ -147,8 +147,8 @@ def _add(place: Any, semaphore: Any, sums: jax.Array) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), layout), return_type=kind)
     def run(_: Any, place: Any, semaphore: Any, sums: Any) -> Any:
-        ops.wait_for_semaphore(ops.global_address(semaphore))
-        own = ops.thread_address(ops.global_address(place), 16)
+        ops.wait_for_semaphore(compat.address(semaphore))
+        own = ops.thread_address(compat.address(place), 16)
         registers = compat.registers_of(sums)
         add = arith.addi if registers[0].type == compat.i32() else arith.addf
         total = []

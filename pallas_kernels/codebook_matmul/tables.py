@@ -33,7 +33,7 @@ class TableDecoder:
         """The state of every thread for the 64 outputs from first_row; for outputs past the end, of the last ones."""
 
         def load(_: Any, tables: Value, first_row: Any) -> Any:
-            base = compat.llvm.ptrtoint(compat.i64(), compat.pointer(tables))
+            base = compat.address(tables)
             rows = [constant(0)] if self.rows == 1 else _own_rows(compat.scalar_of(first_row), self.rows)
             # every word of a plane, then the next plane: the addresses differ by a constant
             words = [_load_word(base, row, 4 * plane * self.rows) for row in rows for plane in range(self.planes)]

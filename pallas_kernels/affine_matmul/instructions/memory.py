@@ -146,16 +146,6 @@ def load_narrow(space: Literal["shared", "global"], address: Value, dtype: str) 
     return compat.inline_assembly([compat.f32()], [address], text, f"=f,{pointer}", False)[0]
 
 
-def shared_address(ref: Value) -> Value:
-    """The byte address of a shared-memory ref, as an integer register."""
-    return compat.llvm.ptrtoint(compat.i32(), compat.pointer(ref))
-
-
-def global_address(ref: Value) -> Value:
-    """The byte address of a ref in global memory, as a 64-bit register."""
-    return compat.llvm.ptrtoint(compat.i64(), compat.pointer(ref))
-
-
 def address_of_chunk(base: Value, index: Value, size: int) -> Value:
     """The address of the chunk number `index`, of `size` bytes each, as a 64-bit register."""
     text = f"mad.wide.u32 $0, $2, {size}, $1;"
