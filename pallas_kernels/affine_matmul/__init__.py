@@ -15,6 +15,9 @@ The weights are decoded in registers, so the tensor core reads no decoded weight
 arXiv 2408.11743, with `wgmma`, whose register operand they are: outputs are the rows of the product, tokens its
 columns, and few tokens waste nothing).
 
+Scales of groups may come in two levels, beside 8-bit x: whole multiples of a step a row (`two_level`). Then they are
+multiplied with the codes, exactly, and sums run on over the whole row.
+
 With groups and more tokens than a warpgroup can keep group sums of, weights are scaled in the type of x, which rounds
 them: by up to 2**-8 in bfloat16, 2**-11 in float16, for which few scales are too large or too small (`fits_half`).
 
@@ -32,6 +35,7 @@ from pallas_kernels.affine_matmul.config import (
     Config as Config,
     Problem as Problem,
     no_own_token as no_own_token,
+    runs_on as runs_on,
     supported as supported,
     supported_config as supported_config,
 )
@@ -44,6 +48,7 @@ from pallas_kernels.affine_matmul.launch import (
     check_tokens,
     launch,
 )
+from pallas_kernels.affine_matmul.two_level import split_scales as split_scales
 from pallas_kernels.fragments import fragments_shape
 from pallas_kernels.sparse_matmul import EntryTiles
 
@@ -64,6 +69,7 @@ def affine_matmul(
     kept: Kept | None = None,
     quantize: int | None = None,
     pieces: int = 1,
+    steps: jax.Array | None = None,
     out_dtype: Any = None,
     config: Config | None = None,
 ) -> jax.Array:
@@ -77,12 +83,16 @@ def affine_matmul(
     weights, from `pallas_kernels.kept_columns`, of the same type; x_scales are not theirs. quantize: the kernel itself
     makes 8-bit x of one 16-bit token, symmetric codes of so many bits and their scale, and nothing else goes with the
     token; those of `pallas_kernels.activation_quantize`, without a launch of its own. pieces, 3: it becomes three rows
-    of digits, as `codebook_matmul.split_row` makes them, whose sums are of 24 bits. Rows of `scales` and `zeros`
-    of groups that are no multiple of 64 long are padded here, a copy: pad them once beforehand.
+    of digits, as `codebook_matmul.split_row` makes them, whose sums are of 24 bits. steps [N]: then scales of groups
+    are uint8 multiples of these, 16 at most, beside 8-bit x; both from `split_scales`. Rows of `scales` and `zeros` of
+    groups that are no multiple of 64 long are padded here, a copy: pad them once beforehand.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """
     tokens, inputs = x.shape
     groups = 1 if group_size is None else -(-inputs // group_size)
+    if (steps is not None) != (scales.dtype == jnp.uint8) or (steps is not None and steps.shape != (outputs,)):
+        shape = None if steps is None else list(steps.shape)
+        raise ValueError(f"scales are {scales.dtype}, steps {shape}; expected uint8 with steps [{outputs}], or floats")
     _check(inputs, words, scales, zeros, bits, outputs, groups)
     check_tokens(tokens, outputs, x_scales, x_offsets, row_sums)
     if zeros is not None and group_size is None:  # zeros belong to groups: the row is one, longer than any block
@@ -100,7 +110,9 @@ def affine_matmul(
     out_dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype))
 
     weight = {"words": words}
-    if group_size is None:
+    if steps is not None:
+        weight |= {"scales": _whole_tiles(scales), "row_scales": steps}
+    elif group_size is None:
         # As they are, padded or not: the kernel reads any type of float, and a conversion is a launch of its own.
         weight["row_scales"] = scales.reshape(-1)
     else:

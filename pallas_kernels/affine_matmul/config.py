@@ -26,6 +26,9 @@ AHEAD = 2  # tiles whose words are read before they are decoded
 IN_FLIGHT = 2  # tiles that are decoded before the products before are waited for
 SEGMENT = 512  # inputs of a warpgroup after which running sums start anew
 
+MOST_MULTIPLES = 16  # of a step that a scale can be: times the largest of 16 codes, 8 below the middle, it is an int8
+SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+
 ScaleWhere = Literal["sum", "operand"]
 
 
@@ -81,7 +84,7 @@ class Problem:
     sums of its own, of which the second stand for 256 times as much; kept_columns: inputs apart from those, multiplied
     by weights of kept_dtype, 16 bits, as they are; token_dtype: the type of the only token, of which the kernel itself
     makes x (`pallas_kernels.affine_matmul.own_token`), "" if x comes as it is multiplied; token_bits: of its codes, if
-    it is not in pieces."""
+    it is not in pieces. scale_dtype "uint8": scales are whole multiples of a step a row, and multiply the codes."""
 
     tokens: int
     outputs: int
@@ -109,6 +112,11 @@ class Problem:
         return 128 // self.x_bytes
 
     @property
+    def two_level(self) -> bool:
+        """Whether the scales of groups are whole numbers, by which the codes are multiplied, and rows have a step."""
+        return self.scale_dtype == "uint8"
+
+    @property
     def multiplies_entries(self) -> bool:
         """Whether sparse entries are multiplied by the inputs of the only token, and not added to weights."""
         return self.entry_words > 0 and self.tokens == 1
@@ -133,7 +141,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     else:
         stage += config.block_m * config.block_k * problem.x_bytes
     if problem.group_size is not None:
-        scale = 4 if problem.scale_dtype == "float32" else 2
+        scale = SCALE_BYTES[problem.scale_dtype]
         stage += _groups(problem, config) * config.rows * (scale + problem.has_zeros)
     stage += config.row_warpgroups * (config.block_k // 128) * problem.entry_words * 4
     others = config.k_warpgroups - 1 + config.cluster - 1  # whose sums are handed over
@@ -182,8 +190,9 @@ def supported_config(problem: Problem, config: Config) -> str | None:
         return f"block_k={config.block_k} and group_size={group}: neither is a multiple of the other"
     if group is not None and (per_warpgroup % group and group % per_warpgroup):
         return f"{per_warpgroup} inputs a warpgroup and group_size={group}: neither is a multiple of the other"
-    if problem.has_zeros and (size := _groups(problem, config) * config.rows) % 128:
-        return f"the zero points of a stage are {size} bytes; expected a multiple of 128, as copies need them"
+    if (problem.has_zeros or problem.two_level) and (size := _groups(problem, config) * config.rows) % 128:
+        what = "zero points" if problem.has_zeros else "scales"
+        return f"the {what} of a stage are {size} bytes; expected a multiple of 128, as copies need them"
     if runs_on(problem) and SEGMENT % per_warpgroup:
         return f"{per_warpgroup} inputs a warpgroup do not divide the {SEGMENT} after which running sums start anew"
     if config.scale == "operand" and problem.x_dtype == "int8":
@@ -233,13 +242,13 @@ def _stages(problem: Problem, config: Config) -> int:
 
 
 def runs_on(problem: Problem) -> bool:
-    """Whether sums run on over groups: those of 8-bit operands, which are integers."""
-    return problem.group_size is not None and problem.x_dtype == "int8"
+    """Whether sums run on over groups: those of 8-bit operands, which are integers, with scales that are not."""
+    return problem.group_size is not None and problem.x_dtype == "int8" and not problem.two_level
 
 
 def sums_groups(problem: Problem, config: Config) -> bool:
     """Whether every group has sums of its own."""
-    return problem.group_size is not None and config.scale == "sum" and not runs_on(problem)
+    return problem.group_size is not None and config.scale == "sum" and problem.x_bytes == 2
 
 
 def sums_in_flight(config: Config) -> int:
@@ -294,6 +303,17 @@ def no_own_token(problem: Problem) -> str | None:
     return None
 
 
+def no_scales(problem: Problem) -> str | None:
+    """None, or the reason why scales of such a type have no kernel."""
+    if problem.scale_dtype not in SCALE_BYTES:
+        return f"scales are {problem.scale_dtype}; expected bfloat16, float16, float32 or, in two levels, uint8"
+    if not problem.two_level:
+        return None
+    if problem.x_dtype != "int8" or problem.group_size is None or problem.has_zeros or problem.bits > 4:
+        return "scales in two levels go with int8 activations, groups of inputs, no zero points and at most 4 bits"
+    return None
+
+
 def supported(problem: Problem) -> str | None:
     """None, or the reason why no configuration computes `problem`."""
     group = problem.group_size
@@ -303,8 +323,8 @@ def supported(problem: Problem) -> str | None:
         return f"bits={problem.bits} has no kernel; expected 2, 3, 4 or 8"
     if problem.x_dtype not in ("bfloat16", "float16", "int8"):
         return f"activations are {problem.x_dtype}; expected bfloat16, float16 or int8"
-    if problem.scale_dtype not in ("bfloat16", "float16", "float32"):
-        return f"scales are {problem.scale_dtype}; expected bfloat16, float16 or float32"
+    if reason := no_scales(problem):
+        return reason
     if problem.inputs < 1 or problem.outputs < 1 or problem.tokens < 1:
         return f"nothing to multiply: M={problem.tokens}, N={problem.outputs}, K={problem.inputs}"
     if group is not None and group % 64:

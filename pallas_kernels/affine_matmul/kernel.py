@@ -180,7 +180,7 @@ def _body(
             plgpu.set_max_registers(computing, action="increase")
         row_part = lax.div(warpgroup, jnp.int32(config.k_warpgroups))
         k_part = lax.rem(warpgroup, jnp.int32(config.k_warpgroups))
-        factor = byte_factor(problem.bits, problem.has_zeros) if decoder is None else 1
+        factor = byte_factor(problem.bits, problem.has_zeros, problem.two_level) if decoder is None else 1
         steps = stage_steps(problem, config, kind, decoder)
         dtypes = {name: jnp.dtype(ref.dtype).name for name, ref in refs.items()}
         scale = scale_block(problem, config, dtypes, factor)

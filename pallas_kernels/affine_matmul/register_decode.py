@@ -15,6 +15,8 @@ A bfloat16 has seven bits of mantissa, so the eighth bit of a byte is subtracted
 8-bit operands. Even nibbles of n_s are row r0, odd ones row r1. Without zeros the code less 2**(b - 1) is put in the
 topmost bits of its byte: the operand is 2**(8 - b) times the weight (`byte_factor`), three instructions for 8 codes.
 With zeros: (q | 0x80) - zero per byte borrows nothing, and flipping the top bit makes it q - zero, signed.
+With a whole scale s up to 16 a group, which 8 bits have room for: q s + (128 - h s), h = 2**(b - 1), is between 0 and
+255 in every byte, so one multiply-add of words does four of them, and flipping the top bit makes it (q - h) s.
 """
 
 from collections.abc import Sequence
@@ -25,9 +27,9 @@ from pallas_kernels.compat import Value, arith, constant
 _EXPONENT = {"bf16": 0x4300, "f16": 0x6400}  # 128 and 1024: the last place of the mantissa is worth 1
 
 
-def byte_factor(bits: int, has_zeros: bool) -> int:
-    """How many times the weight an 8-bit operand is."""
-    return 1 if has_zeros else 2 ** (8 - bits)
+def byte_factor(bits: int, has_zeros: bool, two_level: bool = False) -> int:
+    """How many times the weight an 8-bit operand is, or with scales in two levels the weight of step 1."""
+    return 1 if has_zeros or two_level else 2 ** (8 - bits)
 
 
 def read_tile(base: Value, thread: Value, tile: int, bits: int) -> list[Value]:
@@ -104,10 +106,22 @@ def byte_zeros(zero: Value) -> Value:
     return arith.muli(zero, constant(0x01010101))
 
 
-def byte_fragments(words: Sequence[Value], bits: int, zeros: Sequence[Value] | None) -> list[list[Value]]:
+def byte_multiples(scale: Value, bits: int) -> tuple[Value, Value]:
+    """A whole scale, and what its multiplication needs beside it."""
+    middle = constant(-(2 ** (bits - 1)) * 0x01010101 % 2**32)
+    return scale, arith.addi(arith.muli(scale, middle), constant(0x80808080))
+
+
+def byte_fragments(
+    words: Sequence[Value],
+    bits: int,
+    zeros: Sequence[Value] | None,
+    multiples: Sequence[tuple[Value, Value]] | None = None,
+) -> list[list[Value]]:
     """A of the two m64k32 of a tile: registers (r0; step 2u), (r1; same), (r0; step 2u+1), (r1; same).
 
-    zeros: what `byte_zeros` gives for rows r0, r1; None if the grid is symmetric. 8 bits are symmetric.
+    zeros, multiples: what `byte_zeros` or `byte_multiples` gives for rows r0, r1; None if there are none of them. 8
+    bits have neither.
     """
     if bits == 8:
         signed = [ops.xor(word, 0x80808080) for word in words]
@@ -115,7 +129,10 @@ def byte_fragments(words: Sequence[Value], bits: int, zeros: Sequence[Value] | N
     rows = []
     for word in nibble_words(words, bits):
         for row in range(2):
-            if zeros is None:
+            if multiples is not None:
+                code, (scale, middle) = ops.and_(ops.shift(word, -4 * row), 0x0F0F0F0F), multiples[row]
+                rows.append(ops.xor(arith.addi(arith.muli(code, scale), middle), 0x80808080))
+            elif zeros is None:
                 top = ((1 << bits) - 1 << (8 - bits)) * 0x01010101
                 rows.append(ops.and_xor(ops.shift(word, 8 - bits - 4 * row), top, 0x80808080))
             else:

@@ -4,17 +4,16 @@ A warpgroup is the pair (row_part, k_part): 64 outputs 64 * row_part.. of the CT
 every stage, in tiles of 64. A thread has rows r0 and r0 + 8 of them (`epilogue.row_of`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pallas_kernels import compat
 from pallas_kernels.affine_matmul import instructions as ops, register_decode as decode, running_sums
-from pallas_kernels.affine_matmul.config import AHEAD, Config, Problem, runs_on, tiles_of
+from pallas_kernels.affine_matmul.config import AHEAD, SCALE_BYTES, Config, Problem, runs_on, tiles_of
 from pallas_kernels.affine_matmul.epilogue import row_of
 from pallas_kernels.compat import Value, arith, constant
 from pallas_kernels.sparse_matmul.adder import EntryAdder
 
 _OPERANDS: dict[str, ops.Operand] = {"bfloat16": "bf16", "float16": "f16", "int8": "s8"}
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 
 
 def registers_ahead(problem: Problem, config: Config) -> int:
@@ -24,10 +23,17 @@ def registers_ahead(problem: Problem, config: Config) -> int:
 
 
 class Grid:
-    """Scales and zeros of rows r0, r1 in one group, in the form that their use needs."""
+    """Scales and zeros of rows r0, r1 in one group, in the form that their use needs: scales of sums, half_scales of
+    16-bit weights, multiples of codes."""
 
-    def __init__(self, scales: list[Value], half_scales: list[Value] | None, zeros: list[Value] | None) -> None:
-        self.scales, self.half_scales, self.zeros = scales, half_scales, zeros
+    def __init__(
+        self,
+        scales: Sequence[Value] = (),
+        half_scales: list[Value] | None = None,
+        zeros: list[Value] | None = None,
+        multiples: list[tuple[Value, Value]] | None = None,
+    ) -> None:
+        self.scales, self.half_scales, self.zeros, self.multiples = list(scales), half_scales, zeros, multiples
 
 
 class StageReader:
@@ -79,7 +85,9 @@ class StageReader:
         self.words = {tile: ahead[bits * tile : bits * (tile + 1)] for tile in range(tiles)}
         if self.problem.group_size is not None:
             scales = ahead[bits * tiles : bits * tiles + 2]
-            self.first_grid = [arith.bitcast(compat.f32(), v) for v in scales] + ahead[bits * tiles + 2 :]
+            if not self.problem.two_level:
+                scales = [arith.bitcast(compat.f32(), v) for v in scales]
+            self.first_grid = scales + ahead[bits * tiles + 2 :]
 
     def _read_words(self, tile: int) -> list[Value]:
         return decode.read_tile(self.base, self.thread, tile, self.problem.bits)
@@ -114,18 +122,20 @@ class StageReader:
         """The scales and zeros of the run-th group of this warpgroup."""
         problem = self.problem
         if problem.group_size is None:  # multiplied at the end; zeros, if any, are of a group
-            return Grid([], None, self._zeros(None))
+            return Grid(zeros=self._zeros(None))
         given = self.first_grid if run == 0 else None
         found = self._read_grid(run) if given is None else given
         scales, zeros = found[:2], found[2:]
+        if problem.two_level:
+            return Grid(multiples=[decode.byte_multiples(scale, problem.bits) for scale in scales])
         half_scales = None
         if self.config.scale == "operand":
             half_scales = [ops.pack_twice(scale, self.operand) for scale in scales]
         return Grid(scales, half_scales, self._zeros(zeros if problem.has_zeros else None))
 
     def _read_grid(self, run: int) -> list[Value]:
-        """Two scales of the run-th group of this warpgroup, float32 and as sums want them, and two zeros if there are
-        any, integers."""
+        """Two scales of the run-th group of this warpgroup, float32 and as sums want them, or integers in two levels,
+        and two zeros if there are any, integers."""
         problem = self.problem
         assert problem.group_size is not None
         own_inputs = self.config.block_k // self.config.k_warpgroups
@@ -150,8 +160,8 @@ class StageReader:
         """Entries [group, r0] and [group, r1] of an array [groups, rows of the CTA] of the stage."""
         base, row = self.grids[which]
         index = arith.addi(arith.muli(group, constant(self.config.rows)), row)
-        first = arith.addi(base, arith.muli(index, constant(_BYTES[dtype])))
-        addresses = [first, arith.addi(first, constant(8 * _BYTES[dtype]))]
+        first = arith.addi(base, arith.muli(index, constant(SCALE_BYTES[dtype])))
+        addresses = [first, arith.addi(first, constant(8 * SCALE_BYTES[dtype]))]
         return [ops.load_narrow("shared", address, dtype) for address in addresses]
 
     def fragments(self, tile: int, grid: Grid) -> list[list[Value]]:
@@ -178,7 +188,7 @@ class StageReader:
         if self.decode is not None:
             return self.decode(words)
         if self.operand == "s8":
-            return decode.byte_fragments(words, self.problem.bits, grid.zeros)
+            return decode.byte_fragments(words, self.problem.bits, grid.zeros, grid.multiples)
         assert grid.zeros is not None
         bits, has_zeros = self.problem.bits, self.problem.has_zeros
         return decode.half_fragments(words, bits, self.operand, grid.zeros, has_zeros)

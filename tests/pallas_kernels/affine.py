@@ -10,17 +10,26 @@ from pallas_kernels.fragments import pack_fragments, slot_order
 
 
 def arguments(shape: tuple[Any, ...]) -> tuple[dict[str, jax.Array], dict[str, Any], np.ndarray]:
-    """Arrays, static arguments and the float32 reference of a product: M, N, K, bits, group_size, zeros, x, scales."""
+    """Arrays, static arguments and the float32 reference of a product: M, N, K, bits, group_size, zeros, x, scales.
+
+    Scales of uint8 are whole multiples of steps."""
     m, n, k, bits, group_size, has_zeros, x_dtype, scale_dtype = shape
     random = np.random.default_rng(m)
     codes = random.integers(0, 2**bits, (n, k))
     size = group_size or k
     groups = -(-k // size)
-    scales = jnp.asarray(random.uniform(0.01, 0.02, (groups, n)), scale_dtype)
+    steps = jnp.asarray(random.uniform(0.001, 0.002, n), jnp.float16)
+    if scale_dtype == "uint8":
+        scales = jnp.asarray(random.integers(0, 17, (groups, n)), jnp.uint8)
+    else:
+        scales = jnp.asarray(random.uniform(0.01, 0.02, (groups, n)), scale_dtype)
     zeros = random.integers(0, 2**bits, (groups, n)) if has_zeros else np.full((groups, n), 2 ** (bits - 1))
     group = np.arange(k) // size
     weights = np.asarray(scales, np.float32)[group].T * (codes - zeros[group].T).astype(np.float32)
     arrays = {"words": pack_fragments(jnp.asarray(codes), bits, "pairs"), "scales": scales}
+    if scale_dtype == "uint8":
+        weights *= np.asarray(steps, np.float32)[:, None]
+        arrays["steps"] = steps
     if has_zeros:
         arrays["zeros"] = jnp.asarray(zeros, jnp.uint8)
     if x_dtype == "int8":

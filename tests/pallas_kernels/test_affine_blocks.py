@@ -20,6 +20,7 @@ CLUSTERED = [
     ((9, 640, 2944, 4, 128, True, "int8", "float16"), (16, 256, 2, 2)),
     ((130, 1000, 1152, 4, 128, False, "int8", "bfloat16"), (128, 128, 2, 1)),
     ((40, 90, 320, 8, None, False, "int8", "float32"), (64, 128, 1, 1)),
+    ((130, 300, 1152, 4, 128, False, "int8", "uint8"), (128, 128, 2, 1)),
 ]
 
 
@@ -30,6 +31,7 @@ SHARED = [
     ((9, 640, 2944, 4, 128, True, "int8", "float16"), (16, 256, 2, 2)),
     ((300, 1000, 1152, 4, 128, False, "int8", "bfloat16"), (128, 128, 2, 1)),
     ((300, 300, 1008, 8, None, False, "int8", "float32"), (256, 128, 2, 1)),
+    ((300, 1000, 1152, 4, 64, False, "int8", "uint8"), (256, 128, 2, 1)),
     ((300, 200, 576, 4, None, False, "bfloat16", "float32"), (256, 64, 2, 1)),
 ]
 DISTRIBUTED = [(*case, {"blocks": 4, "cluster": 2}) for case in CLUSTERED]
@@ -92,6 +94,7 @@ TILED = [
     ((65, 128, 1024, 4, None, False, "int8", "float32"), {}),
     ((261, 256, 1024, 8, None, False, "int8", "float32"), {"blocks": 5, "stream_k": True}),
     ((389, 192, 1152, 4, 128, False, "int8", "bfloat16"), {"blocks": 4, "cluster": 2}),
+    ((300, 320, 1152, 3, 128, False, "int8", "uint8"), {}),
 ]
 
 
@@ -148,13 +151,14 @@ def test_every_supported_problem_has_a_configuration() -> None:
     sizes = itertools.product((208, 576, 4096, 28672), (64, 576, 4096, 28672))
     kinds = list(itertools.product((2, 4, 8), (64, 128, 512, None), (False, True)))
     beside = [("bfloat16", 1, ""), ("int8", 1, ""), ("int8", 1, "bfloat16"), ("int8", 3, "bfloat16")]
+    scales = ("bfloat16", "uint8")
     found = 0
     for (inputs, outputs), (bits, group, zeros), (dtype, pieces, own) in itertools.product(sizes, kinds, beside):
-        for tokens in (1,) if own else (1, 17, 64, 300):
+        for tokens, scale in itertools.product((1,) if own else (1, 17, 64, 300), scales):
             size = 1 << 15 if zeros and group is None else group
-            facts = tokens, outputs, inputs, bits, size, zeros, dtype, "bfloat16"
+            facts = tokens, outputs, inputs, bits, size, zeros, dtype, scale
             problem = affine.Problem(*facts, pieces=pieces, token_dtype=own)
             if affine.supported(problem) is None:
                 assert affine.supported_config(problem, affine.choose(problem)) is None
                 found += 1
-    assert found > 3000
+    assert found > 4000
