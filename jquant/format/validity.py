@@ -63,8 +63,9 @@ def validate(weight: Weight, path: str) -> None:
                 raise ValueError(f"{path}: nested has {count} entries a row; expected one of {allowed}")
             _expect(path, "nested", weight.nested, (rows, count), None)
         return
-    if weight.fits_half is not None:
-        raise ValueError(f"{path}: fits_half is present; `jquant.prepare` adds it, a checkpoint has none")
+    for name in ("fits_half", "steps"):
+        if getattr(weight, name) is not None:
+            raise ValueError(f"{path}: {name} is present; `jquant.prepare` adds it, a checkpoint has none")
     if weight.group_axis not in ("in", "out") or weight.group_size < 1:
         raise ValueError(f"{path}: group_axis {weight.group_axis!r}, group_size {weight.group_size} make no groups")
     along, across = (columns, rows) if weight.group_axis == "in" else (rows, columns)

@@ -57,8 +57,8 @@ class AffineWeight:
     The last group may be shorter. zeros are integers in [0, 2**bits), packed as a stream along the axis that is not
     grouped: uint32 [G, ceil(N*bits/32)] ("in") or [G, ceil(K*bits/32)] ("out"); None is symmetric, zero 2**(bits-1).
     row_sums float32 [N] = sum_k W[n, k] goes with inputs that have offsets; fits_half says whether the weights can be
-    float16 without harm, with the sparse entries that are added to them. `jquant.prepare` adds both, a checkpoint has
-    neither.
+    float16 without harm, with the sparse entries that are added to them. steps [N]: scales are uint8 multiples of it,
+    and the scales of the equation their products, exactly. `jquant.prepare` adds these three, a checkpoint has none.
     """
 
     codes: jax.Array
@@ -71,6 +71,7 @@ class AffineWeight:
     layout: str = "stream"  # §
     row_sums: jax.Array | None = None
     fits_half: bool | None = None  # §
+    steps: jax.Array | None = None
 
 
 @_pytree("bits", "shape", "layout")

@@ -51,6 +51,9 @@ ROWS_TOKENS = 16
 # Measured (bench/results/matmul.md): 0.69 to 1.17 of their speed at 256 tokens, 0.73 to 1.04 beyond, most near 1; the
 # worst are small matrices with sparse entries. XLA alone gives 0.54 with groups and entries, 0.8 with a scale a row.
 DENSE_TOKENS = 128
+# Up to so many 8-bit tokens scales of groups cost little more than scales in two levels. Measured, microseconds at 64,
+# 256 and 2048 tokens of 28672 x 8192 in 4 bits: 36, 109 and 740, and in two levels 34, 84 and 570 to 600.
+GROUPED_TOKENS = 64
 # A 16-bit token of more inputs takes less time if a launch splits it than if every multiprocessor does for itself: 30.5
 # and 32.8 us beside 3-bit tables of 8192 x 28672; and beside groups less in 16 bits, 33.6 and 34.2.
 SPLIT_INPUTS = 16384
@@ -147,6 +150,7 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
     inputs = inputs if act is None else f"{act.bits}-bit codes"
     inputs += " made in the kernel" if own else ""
     codes = f"{base.bits}-bit codes" + (" into an int8 table" if is_snapped(base) else "")
+    codes += " times whole scales" if problem.two_level else ""
     columns = entries = ""
     if layer.outliers is not None:
         columns = ", kept columns " + ("inside the product" if inside else "beside it")
@@ -157,6 +161,8 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
     bound = ""
     if problem.x_bytes == 2 and tokens > DENSE_TOKENS:
         bound = "; so many 16-bit tokens take about as long as by dense weights, on small matrices up to 1.4 times"
+    elif affine_matmul.runs_on(problem) and tokens > GROUPED_TOKENS and not problem.has_zeros and base.bits <= 4:
+        bound = "; with scales in two levels (-twolevel in the spec) groups would cost next to no time"
     return f"{codes} by {inputs}, {blocks}{columns}{entries}{bound}"
 
 
@@ -230,6 +236,7 @@ def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any)
         elif problem.x_dtype != x.dtype.name:
             x, more["x_scales"] = half_tokens.convert(x)
     more |= {"bits": base.bits, "outputs": base.shape[0], "group_size": _group_size(base), "out_dtype": out_dtype}
+    more["steps"] = base.steps
     return affine_matmul.affine_matmul(x, base.codes, base.scales, base.zeros, **more)
 
 

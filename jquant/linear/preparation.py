@@ -24,7 +24,7 @@ from jquant.format.weights import (
 from jquant.linear import hopper
 from jquant.linear.choice import as_layer, running_dtype
 from pallas_kernels.activation_quantize import slot_columns
-from pallas_kernels.affine_matmul import entries_fit_half, fits_half
+from pallas_kernels.affine_matmul import entries_fit_half, fits_half, split_scales
 from pallas_kernels.codebook_matmul import fixed_point_tables, prepare_tables, rounded_tables
 from pallas_kernels.device import no_hopper, platform
 from pallas_kernels.kept_columns import prepare_kept
@@ -81,6 +81,8 @@ def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
     sums = None
     if act is not None and not act.symmetric:  # offsets of activations meet the sums of the weight's rows
         sums = _row_sums(base)
+    if isinstance(base, AffineWeight) and act is not None:
+        base = _in_two_levels(base)
     base = with_layout(base, "fragments")
     if sums is not None:
         base = dataclasses.replace(base, row_sums=sums)
@@ -107,6 +109,15 @@ def _with_tables(base: CodebookWeight) -> CodebookWeight:
         return base
     fixed, units = fixed_point_tables(base.codebook)
     return dataclasses.replace(base, byte_tables=prepare_tables(fixed, jnp.uint16), byte_scales=times_scales(units))
+
+
+def _in_two_levels(base: AffineWeight) -> AffineWeight:
+    """The base with the steps of its rows, if all scales are whole multiples of such and the kernel takes them."""
+    taken = base.zeros is None and base.bits <= 4 and base.group_size < base.shape[1]
+    if not taken or (split := split_scales(np.asarray(base.scales))) is None:
+        return base
+    multiples, steps = split
+    return dataclasses.replace(base, scales=jnp.asarray(multiples), steps=jnp.asarray(steps))
 
 
 def _beside(base: AffineWeight | CodebookWeight, rest: SparseResidual) -> AffineWeight | CodebookWeight:

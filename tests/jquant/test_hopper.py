@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jquant.format.activations import ActivationQuant
+from jquant.format.validity import validate
 from jquant.format.weights import (
     OutlierColumns,
     QuantizedLinear,
@@ -83,6 +84,14 @@ def _with_zero_scales(base: Any) -> Any:
     return dataclasses.replace(base, scales=base.scales.at[1].set(0).at[7, 0].set(0))
 
 
+def _in_two_levels(base: Any) -> Any:
+    """The same codes with scales that are whole multiples of a step a row."""
+    rng = np.random.default_rng(8)
+    rows, groups = base.scales.shape
+    steps = rng.integers(64, 128, (rows, 1)) * 2.0**-12
+    return dataclasses.replace(base, scales=jnp.asarray(steps * rng.integers(1, 17, (rows, groups)), jnp.float16))
+
+
 LAYERS = {
     "w4-g64": _affine(4, 64),
     "w4-g128-sym": _affine(4, 128, symmetric=True),
@@ -97,6 +106,9 @@ LAYERS = {
     "w3a8-codebook-shared-int8": _int8_table(3, ActivationQuant(None, None, 8), 1),
     "w4a8-codebook-int8-actsym": _int8_table(4, ActivationQuant(None, None, 8, symmetric=True)),
     "w4a8-g64": QuantizedLinear(_affine(4, 64, symmetric=True), activation=ActivationQuant(None, None, 8)),
+    "w4a8-g64-sym-twolevel": QuantizedLinear(
+        _in_two_levels(_affine(4, 64, symmetric=True)), activation=ActivationQuant(None, None, 8)
+    ),
     "w3-codebook+s2%": _residual(_codebook(3)),
     "w4-codebook with scales+s2%": _residual(_scaled(_codebook(4))),
     "w4-codebook-int8+s2%": _residual(_int8_table(4).weight),
@@ -181,6 +193,37 @@ def test_kept_columns_are_multiplied_inside_the_product(name: str, tokens: int) 
 
 
 @pytest.mark.usefixtures("on_hopper")
+def test_whole_scales_are_multiplied_with_the_codes() -> None:
+    w = LAYERS["w4a8-g64-sym-twolevel"]
+    ready = prepare(w)
+    base: Any = ready.weight
+    assert base.scales.dtype == jnp.uint8 and base.steps.shape == (N,) and base.steps.dtype == jnp.float16
+    for tokens in (1, 16, 300):
+        assert "codes times whole scales" in choose(ready, tokens).reason
+        assert "scales in two levels" not in choose(ready, tokens).reason
+    stored: Any = canonical(ready)
+    assert stored.weight.steps is None and stored.weight.scales.dtype == jnp.float16
+    np.testing.assert_array_equal(stored.weight.scales, w.weight.scales)
+    with pytest.raises(ValueError, match="steps is present"):
+        validate(dataclasses.replace(w, weight=dataclasses.replace(w.weight, steps=base.steps)), "layer")
+    # other scales, zero points, codes that leave no room, a single group, and tokens of 16 bits have them as they are
+    act = ActivationQuant(None, None, 8)
+    for other in (
+        QuantizedLinear(_affine(4, 64, symmetric=True), activation=act),
+        QuantizedLinear(_in_two_levels(_affine(4, 64)), activation=act),
+        QuantizedLinear(_in_two_levels(_affine(8, 64, symmetric=True)), activation=act),
+        QuantizedLinear(_affine(4, None, symmetric=True), activation=act),
+        QuantizedLinear(w.weight),
+    ):
+        found: Any = prepare(other)
+        assert found.weight.steps is None and found.weight.scales.dtype == jnp.float16
+    # who has groups of other scales beside many tokens is told
+    grouped = prepare(QuantizedLinear(_affine(4, 64, symmetric=True), activation=act))
+    assert "scales in two levels" in choose(grouped, 300).reason
+    assert "scales in two levels" not in choose(grouped, 16).reason
+
+
+@pytest.mark.usefixtures("on_hopper")
 def test_no_kept_columns_have_no_fragments() -> None:
     none = OutlierColumns(jnp.zeros(0, jnp.int32), jnp.zeros((N, 0), jnp.float16))
     ready = prepare(QuantizedLinear(_affine(4, None, True), none, activation=ActivationQuant(None, None, 8)))
@@ -225,6 +268,7 @@ def _token_layers(columns: int) -> dict[str, tuple[QuantizedLinear, bool]]:
     return {
         "w4a8-g64-actsym": (_actsym(grouped), True),
         "w4a4-g64-actsym": (_actsym(grouped, 4), True),
+        "w4a8-g64-sym-twolevel-actsym": (_actsym(_in_two_levels(grouped)), True),
         "w8a8-actsym": (_actsym(whole), True),
         "w4a8-codebook-int8-actsym": (_actsym(snapped), True),
         "w4-codebook-int8": (QuantizedLinear(snapped), True),
@@ -299,7 +343,7 @@ def test_kernels_lower_under_vmap_and_shard_map() -> None:
 
 
 @pytest.mark.usefixtures("on_hopper")
-@pytest.mark.parametrize("name", ["w4-g64", "w3-codebook+s2%", "w4-codebook-int8", "w4a8+o4"])
+@pytest.mark.parametrize("name", ["w4-g64", "w3-codebook+s2%", "w4-codebook-int8", "w4a8+o4", "w4a8-g64-sym-twolevel"])
 def test_kernels_have_the_gradients_of_the_decoded_product(name: str) -> None:
     ready = prepare(LAYERS[name])
     x = jax.ShapeDtypeStruct((5, shape_of(ready)[1]), jnp.bfloat16)

@@ -64,6 +64,9 @@ def _affine_matmul(
     group, row = np.arange(x.shape[1]) // size, slice(0, outputs)
     offset = 2.0 ** (bits - 1) if zeros is None else zeros[group, row].T.astype(jnp.float32)
     scale = scales[group, row].T.astype(jnp.float32)
+    if (steps := more.get("steps")) is not None:
+        assert scales.dtype == jnp.uint8 and x.dtype == jnp.int8
+        scale = scale * steps.astype(jnp.float32)[:, None]
     weight = codes - offset
     if entries is not None:
         assert entries.dtype == x.dtype.name
@@ -311,3 +314,21 @@ def test_kept_columns_are_added_to_the_base_once(act: ActivationQuant | None, ru
         expected += np.asarray(x[:, kept], np.float64) @ columns.T
         y = np.asarray(hopper.product(x, ready, jnp.float32), np.float64)
         assert np.linalg.norm(y - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 130])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_whole_scales_and_steps_are_multiplied_once(bits: int, symmetric: bool, tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    base = _affine(bits, 64, True)
+    steps, multiples = rng.integers(64, 128, (N, 1)) * 2.0**-12, rng.integers(1, 17, base.scales.shape)
+    base = dataclasses.replace(base, scales=jnp.asarray(steps * multiples, jnp.float16))
+    act = ActivationQuant(None, None, 8, symmetric=symmetric)
+    ready = prepare(QuantizedLinear(base, activation=act))
+    assert ready.weight.steps is not None
+    x = jnp.asarray(rng.normal(size=(tokens, K)), jnp.bfloat16)
+    inputs = fake_quantize(x.astype(jnp.float32), act)
+    expected = np.asarray(inputs, np.float64) @ np.asarray(dequantize(base), np.float64).T
+    y = np.asarray(hopper.product(x, ready, jnp.float32), np.float64)
+    assert np.linalg.norm(y - expected) <= 1e-4 * np.linalg.norm(expected)
