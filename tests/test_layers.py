@@ -3,7 +3,7 @@
     bench, tests -> jquant.cli -> convert -> jquant -> pallas_kernels -> jax
     in jquant:            cli -> api -> runtime, quantize -> models (runtime only) -> linear -> format
     in jquant.quantize:   journal -> pipeline -> forward -> backward -> run -> plan -> matrix -> calibrate, passes
-                          -> grid, codebook
+                          -> two_level -> grid, codebook
 
 `jquant.api` (with `jquant` itself) may import convert, but inside a function only: convert imports jquant.
 """
@@ -36,6 +36,7 @@ MAY_IMPORT = {
 # a module of jquant.quantize imports modules of earlier levels only
 QUANTIZE_LEVELS = (
     {"grid", "codebook", "allocate"},
+    {"two_level"},
     {"calibrate", "passes"},
     {"matrix"},
     {"plan"},
@@ -179,6 +180,7 @@ def test_every_import_keeps_the_layers() -> None:
         ("jquant.runtime.generate", "from ..quantize import plan", "jquant.runtime may import"),
         ("jquant.quantize.grid", "from jquant.quantize.passes import rtn", "grid does not import passes"),
         ("jquant.quantize.passes.rtn", "from jquant.quantize import calibrate", "passes does not import calibrate"),
+        ("jquant.quantize.grid", "from jquant.quantize.two_level import x", "grid does not import two_level"),
         ("jquant.quantize.grid", "from jquant.quantize.other import x", "other has no place"),
         ("jquant.format.tree", "from pallas_kernels.packing import pack_codes", "only .* import pallas_kernels"),
         ("jquant.api", "import convert", "inside a function only"),

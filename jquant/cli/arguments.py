@@ -39,7 +39,7 @@ _QUANTIZE_NOTES = """
 
     --act-bits quantizes activations with any method: integers, or a table with kllm. 4-bit integers need
     --transform rotate on most models; weights alone are usually better without it. Tables multiply integers as
-    integers only with --int8-tables.
+    integers only with --int8-tables; groups are summed as integers, at the speed of whole rows, with --two-level.
 
     calibration is a plain text file, or `self`: the model writes its own text, from its first token on.
 
@@ -110,6 +110,12 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     )
     affine.add_argument("--group-axis", choices=("in", "out"), default="in", help="rtn, gptq: what groups run along")
     affine.add_argument("--symmetric", action="store_true", help="no zero points (quik never has any)")
+    affine.add_argument(
+        "--two-level",
+        action="store_true",
+        help="rtn, gptq with at most 4 bits: no zero points, and the scales of groups become whole multiples, 1 to 16, "
+        "of one step a row; made for --act-bits 8 on a GPU, where groups then take the time of whole rows",
+    )
     affine.add_argument("--clip-search", action="store_true", help="rtn, gptq, adadim: search the range of each group")
     affine.add_argument(
         "--outliers",

@@ -155,6 +155,7 @@ def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
         ("--group-size", options.group_size is not None, not tables and not quik),
         ("--group-axis", options.group_axis != "in", method in ("rtn", "gptq")),
         ("--symmetric", options.symmetric, not tables),
+        ("--two-level", options.two_level, method in ("rtn", "gptq")),
         ("--clip-search", options.clip_search, not tables and not quik),
         ("--outliers", options.outliers is not None, quik),
         ("--semistructured", options.semistructured, quik),
@@ -206,7 +207,8 @@ def spec_of(options: argparse.Namespace, hidden: int) -> QuantSpec:
         options.bits,
         group_size=None if group == -1 else group,
         group_axis=options.group_axis,
-        symmetric=options.symmetric,
+        symmetric=options.symmetric or options.two_level,
+        two_level=options.two_level,
         activation=activation,
     )
 

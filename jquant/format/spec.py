@@ -2,6 +2,7 @@
 
     w4-g128            4-bit affine codes, asymmetric, groups of 128 inputs
     w4-g128-sym        the same, symmetric (no zero points)
+    w4-g128-sym-twolevel  the scales of a row's groups are whole multiples, 1 to 16, of one step
     w4-g128-out        groups of 128 outputs inside one input channel (AdaDim's per-input-channel groups)
     w4                 one group a row
     w4-sym-2:4         two of every four inputs are zero and not stored
@@ -31,9 +32,12 @@ GroupAxis = Literal["in", "out"]
 ActivationMode = Literal["kernel", "simulation"]
 
 _GRAMMAR = (
-    "wBITS[aBITS][-gSIZE][-sym][-out][-2:4][-codebook][-shared][-nestedBITS][-int8][-actsym][-actsim][-actcodebook]"
-    "[+sPERCENT%][+oCOUNT][+kPERCENT%][+tPERCENT%], for example w4-g128, w3-codebook+s0.45% or w4a8"
+    "wBITS[aBITS][-gSIZE][-sym][-twolevel][-out][-2:4][-codebook][-shared][-nestedBITS][-int8]"
+    "[-actsym][-actsim][-actcodebook][+sPERCENT%][+oCOUNT][+kPERCENT%][+tPERCENT%], "
+    "for example w4-g128, w3-codebook+s0.45% or w4a8"
 )
+
+TWO_LEVEL_BITS = 4  # the widest codes that a multiple of up to 16 leaves inside int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,7 @@ class QuantSpec:
     group_size: entries that share a scale, counted along `group_axis`; None is the whole axis.
     group_axis: "in" groups inputs inside an output channel (the usual), "out" outputs inside an input channel.
     symmetric: no zero points, the grid is centred.
+    two_level: scales of groups are whole multiples of one step a row, which kernels multiply with the codes, exactly.
     shared: one table for the matrix and a scale a row, instead of a table a row.
     semistructured: 2:4, two of every four inputs are zero.
     nested_from: the table's narrowest width, all from there to `bits` can be read; None is `bits` alone.
@@ -86,6 +91,7 @@ class QuantSpec:
     group_size: int | None = None
     group_axis: GroupAxis = "in"
     symmetric: bool = False
+    two_level: bool = False
     shared: bool = False
     semistructured: bool = False
     nested_from: int | None = None
@@ -107,6 +113,7 @@ class QuantSpec:
                 ("group size", self.group_size, None),
                 ("group axis", self.group_axis, "in"),
                 ("symmetric", self.symmetric, False),
+                ("two-level scales", self.two_level, False),
                 ("2:4 pattern", self.semistructured, False),
             ):
                 if given != wanted:
@@ -126,6 +133,19 @@ class QuantSpec:
             raise ValueError("only the table of a codebook is snapped to int8; write w4-codebook-int8")
         elif self.shared:
             raise ValueError("only a codebook is shared by the rows of a matrix; write -codebook-shared")
+        if self.two_level:
+            for wrong, problem in (
+                (self.bits > TWO_LEVEL_BITS, f"{self.bits} bits, whose multiples leave int8"),
+                (not self.symmetric, "zero points"),
+                (self.group_axis == "out", "groups of outputs"),
+                (self.group_size is None, "one scale a row, which has no multiples"),
+                (self.semistructured, "a 2:4 pattern"),
+            ):
+                if wrong:
+                    raise ValueError(
+                        f"two-level scales belong to symmetric grids of up to {TWO_LEVEL_BITS} bits in groups of "
+                        f"inputs; this spec has {problem}: write w4-g128-sym-twolevel, or leave two-level scales out"
+                    )
         if self.semistructured and (not self.symmetric or self.group_size is not None or self.group_axis == "out"):
             raise ValueError("a 2:4 pattern needs a symmetric grid with one scale a row; write w4-sym-2:4")
 
@@ -136,9 +156,9 @@ class QuantSpec:
             parts.append("codebook")
         if self.group_size is not None:
             parts.append(f"g{self.group_size}")
-        flags = [(self.symmetric, "sym"), (self.group_axis == "out", "out"), (self.semistructured, "2:4")]
-        flags += [(self.shared, "shared"), (self.nested_from is not None, f"nested{self.nested_from}")]
-        flags.append((self.int8_table, "int8"))
+        flags = [(self.symmetric, "sym"), (self.two_level, "twolevel"), (self.group_axis == "out", "out")]
+        flags += [(self.semistructured, "2:4"), (self.shared, "shared")]
+        flags += [(self.nested_from is not None, f"nested{self.nested_from}"), (self.int8_table, "int8")]
         if act is not None:
             flags += [(act.symmetric, "actsym"), (act.mode == "simulation", "actsim")]
             flags.append((act.grid == "codebook", "actcodebook"))
@@ -196,6 +216,7 @@ class QuantSpec:
 _WEIGHT_PARTS = {
     "codebook": ("grid", "codebook"),
     "sym": ("symmetric", True),
+    "twolevel": ("two_level", True),
     "out": ("group_axis", "out"),
     "shared": ("shared", True),
     "int8": ("int8_table", True),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.format import tree as trees
-from jquant.format.spec import QuantSpec
+from jquant.format.spec import TWO_LEVEL_BITS, QuantSpec
 from jquant.quantize.allocate import allocate
 from jquant.quantize.calibrate import Wanted, paths_by_block, stream_gradients
 from jquant.quantize.calibrate.blocks import block_prefix
@@ -40,8 +40,9 @@ def spend_bits(
 ) -> dict[str, QuantSpec]:
     """The plan with every layer's bits chosen so that its mean bits a weight, all included, is at most `target`.
 
-    Everything else of each layer's spec stays. batches: calibration tokens [B, T]. ValueError if the target is out of
-    reach, with what can be reached, or if a layer is to be readable at several widths.
+    Everything else of each layer's spec stays, so layers with two-level scales get at most 4 bits. batches: calibration
+    tokens [B, T]. ValueError if the target is out of reach, with what can be reached, or if a layer is to be readable
+    at several widths.
     """
     if nested := [path for path, spec in plan.items() if spec.nested_from is not None]:
         raise ValueError(
@@ -50,7 +51,10 @@ def spend_bits(
         )
     inside = paths_by_block(list(plan))
     wanted = {index: Wanted(fisher=tuple(paths)) for index, paths in inside.items()}
-    options = {path: [dataclasses.replace(spec, bits=bits) for bits in widths] for path, spec in plan.items()}
+    most = {path: TWO_LEVEL_BITS if spec.two_level else max(widths) for path, spec in plan.items()}
+    options = {
+        path: [dataclasses.replace(spec, bits=min(bits, most[path])) for bits in widths] for path, spec in plan.items()
+    }
     losses: dict[str, list[float]] = {}
     for index, found in stream_gradients(model, batches, lambda i: wanted.get(i, Wanted()), progress=progress):
         weights = trees.leaves(model.layers[index])

@@ -31,6 +31,7 @@ a checkpoint holds. All inputs must be finite. No function here looks at values 
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -129,16 +130,8 @@ def fit_grid(
     outside 2..8, an unknown axis, or a group size below 1.
     """
     group_size = check_grid(bits, group_size, group_axis)
-    x, valid = _grouped(W.astype(jnp.float32), group_size, group_axis)
+    x, valid = grouped(W.astype(jnp.float32), group_size, group_axis)
     low, high = jnp.min(x, axis=-1), jnp.max(x, axis=-1)
-
-    def error(scale: jax.Array, zero: jax.Array, exponent: float) -> jax.Array:
-        codes = _round(x, scale[..., None], zero[..., None], bits)
-        # Relative to the group's size: a power of a tiny or huge difference would leave float32's range.
-        size = jnp.maximum(jnp.maximum(-low, high), float(jnp.finfo(jnp.float32).tiny))[..., None]
-        distance = jnp.abs(scale[..., None] * (codes - zero[..., None].astype(jnp.float32)) - x) / size
-        power = distance * distance if exponent == 2.0 else distance**exponent
-        return jnp.sum(jnp.where(valid, power, 0.0), axis=-1)
 
     def candidate(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         if clip_search:
@@ -147,13 +140,14 @@ def fit_grid(
         return _range_to_scale(low, high, bits, symmetric, 1.0 - 0.5 * step, scale_dtype)
 
     count, exponent = (CLIP_STEPS, CLIP_EXPONENT) if clip_search else (3 if symmetric else 1, 2.0)
+    error = rounding_error(x, valid, bits, exponent)
 
     scale, zero = candidate(jnp.float32(0))
     if count > 1:
 
         def step(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             new_scale, new_zero = candidate(i.astype(jnp.float32))
-            new_error = error(new_scale, new_zero, exponent)
+            new_error = error(new_scale, new_zero)
             better = new_error < best[2]
             return (
                 jnp.where(better, new_scale, best[0]),
@@ -161,7 +155,7 @@ def fit_grid(
                 jnp.where(better, new_error, best[2]),
             )
 
-        scale, zero, _ = jax.lax.fori_loop(1, count, step, (scale, zero, error(scale, zero, exponent)))
+        scale, zero, _ = jax.lax.fori_loop(1, count, step, (scale, zero, error(scale, zero)))
     if group_axis == "out":
         scale, zero = scale.T, zero.T
     return Grid(scale.astype(scale_dtype), None if symmetric else zero, bits, group_size, group_axis)
@@ -189,7 +183,27 @@ def spread_grid(grid: Grid, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Arra
     return scale, jnp.take(grid.zeros, group, axis=axis)
 
 
-def _grouped(W: jax.Array, group_size: int | None, group_axis: GroupAxis) -> tuple[jax.Array, jax.Array]:
+def rounding_error(
+    x: jax.Array, valid: jax.Array, bits: int, exponent: float
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """error(scale, zero) of groups x [lines, G, size], valid as in `grouped`; scale, zero and the result [lines, G].
+
+    It is sum |x_hat - x|**exponent, in units of max |x|**exponent of the group.
+    """
+    size = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), float(jnp.finfo(jnp.float32).tiny))[..., None]
+
+    def error(scale: jax.Array, zero: jax.Array) -> jax.Array:
+        scale, zero = scale[..., None], zero[..., None]
+        codes = _round(x, scale, zero, bits)
+        # Relative to the group's size: a power of a tiny or huge difference would leave float32's range.
+        distance = jnp.abs(scale * (codes - zero.astype(jnp.float32)) - x) / size
+        power = distance * distance if exponent == 2.0 else distance**exponent
+        return jnp.sum(jnp.where(valid, power, 0.0), axis=-1)
+
+    return error
+
+
+def grouped(W: jax.Array, group_size: int | None, group_axis: GroupAxis) -> tuple[jax.Array, jax.Array]:
     """W as [lines, G, group_size] with the tail padded by zeros, and the mask [G, group_size] of real entries.
 
     Zeros are safe padding: every range includes 0 anyway.

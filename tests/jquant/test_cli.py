@@ -200,6 +200,8 @@ def test_options_that_a_method_does_not_take_are_named(capsys, tiny_checkpoint, 
         ("lnq", ["--nested-from", 3]),
         ("rtn", ["--exact"]),
         ("gptq", ["--int8-tables"]),
+        ("adadim", ["--two-level"]),
+        ("squeezellm", ["--two-level"]),
     ):
         assert option[-2 if len(option) > 1 else -1] in refused(capsys, *words, method, *option)
     assert "has no Hessian to guide" in refused(capsys, *words, "rtn", "--guided")
@@ -224,6 +226,23 @@ def test_int8_tables_show_what_they_add_to_the_error(capsys, tiny_checkpoint, tm
     assert row["float_table_error"] == snapping["layer_error_before"]
     code, out, _ = run(capsys, "inspect", tmp_path / "o")
     assert code == 0 and "before int8 tables" in out and f"{snapping['layer_error_before']:.2e}" in out
+
+
+def test_two_level_scales_are_one_word_away(capsys, tiny_checkpoint, text_file, tmp_path) -> None:
+    words = ["quantize", tiny_checkpoint, "--out", tmp_path / "o", "--method", "gptq", "--two-level", "--act-bits", 8]
+    assert "5 bits, whose multiples leave int8" in refused(capsys, *words, "--bits", 5)
+    assert "one scale a row" in refused(capsys, *words, "--group-size", -1)
+    assert "groups of outputs" in refused(capsys, *words, "--group-axis", "out")
+    words += ["--bits", 4, "--group-size", 16, "--calibration", text_file, "--samples", 3, "--seq-len", 24]
+    code, out, err = run(capsys, *words, "--json")
+    assert code == 0 and "w4a8-g16-sym-twolevel" in err
+    assert json.loads(out)["notes"] == []
+    code, out, _ = run(capsys, "inspect", tmp_path / "o", "--json")
+    rows = [row for row in json.loads(out)["layers"] if row["spec"] is not None]
+    assert code == 0 and len(rows) == 21 and {row["spec"] for row in rows} == {"w4a8-g16-sym-twolevel"}
+    words = ["eval", tmp_path / "o", "--text", text_file, "--seq-len", 64, "--max-windows", 2, "--json"]
+    code, out, err = run(capsys, *words)
+    assert code == 0 and np.isfinite(json.loads(out)["perplexity"]), err
 
 
 def test_bad_sources_are_refused(capsys, tiny_checkpoint, tmp_path) -> None:

@@ -10,7 +10,8 @@
     kllm         Fisher [N, K]            codebook    the same; with `shared` one table for the matrix, a scale a row
     lnq          Fisher, Hessian          codebook    squeezellm's solution, refined for (w - q)^T H (w - q)
 
-A spec with -int8 has the tables of the last three snapped to int8, after all else.
+A spec with -int8 has the tables of the last three snapped to int8, after all else. With -twolevel the scales that rtn
+and gptq round to are whole multiples of one step a row.
 The passes work on plain arrays; packing happens in this package and nowhere else.
 """
 
@@ -109,6 +110,11 @@ def check_spec(spec: QuantSpec, method: str) -> None:
         )
     if method.startswith("adadim") and spec.group_axis == "out":
         raise ValueError("method adadim chooses the group axis itself; leave out -out")
+    if method.startswith("adadim") and spec.two_level:
+        raise ValueError(
+            "method adadim may choose groups of outputs, which have no two-level scales; "
+            f"leave out -twolevel, or use {'rtn' if method == 'adadim-rtn' else 'gptq'}"
+        )
 
 
 def default_method(spec: QuantSpec, has_hessian: bool) -> str:

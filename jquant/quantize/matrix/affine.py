@@ -18,6 +18,7 @@ from jquant.format.weights import OutlierColumns, QuantizedLinear, affine_weight
 from jquant.quantize.grid import choose_scale_dtype, half_if_it_fits, round_to_storage
 from jquant.quantize.matrix.report import Layer, describe_layer
 from jquant.quantize.passes import gptq, quik, rtn
+from jquant.quantize.two_level import choose_two_level_dtype
 
 DAMPING = 0.01
 
@@ -128,10 +129,14 @@ def _grid(spec: QuantSpec) -> dict[str, Any]:
         "group_size": spec.group_size,
         "symmetric": spec.symmetric,
         "group_axis": spec.group_axis,
+        "two_level": spec.two_level,
     }
 
 
 def _scale_dtype(W: jax.Array, spec: QuantSpec) -> Any:
+    if spec.two_level:
+        assert spec.group_size is not None
+        return choose_two_level_dtype(W, spec.bits, spec.group_size)
     return choose_scale_dtype(W, spec.bits, spec.group_size, spec.symmetric, spec.group_axis)
 
 

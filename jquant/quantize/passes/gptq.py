@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jquant.quantize.codebook import assign_codes, codebook_lookup
 from jquant.quantize.grid import Grid, GroupAxis, check_grid, dequantize_grid, fit_grid, quantize_to_grid
 from jquant.quantize.passes.rtn import rtn
+from jquant.quantize.two_level import fit_two_level
 
 # (state, column values [N], column index) -> (anything to record, the values [N] it decodes to)
 QuantizeColumn = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]]
@@ -158,6 +159,7 @@ def compensated_rounding(
         "block_size",
         "clip_search",
         "scale_dtype",
+        "two_level",
     ),
 )
 def gptq(
@@ -173,17 +175,25 @@ def gptq(
     block_size: int = 128,
     clip_search: bool = False,
     scale_dtype: Any = jnp.float16,
+    two_level: bool = False,
 ) -> GPTQResult:
     """GPTQ of W [N, K] with the Hessian H [K, K]; grid arguments and their errors as in `fit_grid`.
 
-    Raises ValueError for shapes that do not fit, or act_order with groups that are not static.
+    two_level: the grid of `fit_two_level`, found before any rounding.
+    Raises ValueError for shapes that do not fit, and for act_order or two_level with groups that are not static.
     """
     group_size = check_grid(bits, group_size, group_axis)
     _check(W, H)
     columns = W.shape[1]
     if group_axis == "in" and group_size is not None and act_order and not static_groups:
         raise ValueError("act_order scatters a group's columns; use static_groups=True, or act_order=False")
-    fit = partial(fit_grid, bits=bits, symmetric=symmetric, clip_search=clip_search, scale_dtype=scale_dtype)
+    if two_level and not static_groups:
+        raise ValueError(
+            "two-level scales are multiples of a row's step, which groups that take their range one after another "
+            "cannot agree on; use static_groups=True, or two_level=False"
+        )
+    fit = fit_two_level if two_level else fit_grid
+    fit = partial(fit, bits=bits, symmetric=symmetric, clip_search=clip_search, scale_dtype=scale_dtype)
     order = visiting_order(H) if act_order else None
     run = partial(compensated_rounding, W, H, order=order, damping=damping)
     if group_axis == "out":
@@ -271,7 +281,7 @@ def gptq_or_rtn(
     result, report = raise_damping(lambda amount: gptq(W, H, bits, damping=amount, **options), H, damping)
     if result is not None:
         return result.codes, result.grid, report
-    grid_options = ("group_size", "symmetric", "group_axis", "clip_search", "scale_dtype")
+    grid_options = ("group_size", "symmetric", "group_axis", "clip_search", "scale_dtype", "two_level")
     codes, grid = rtn(W, bits, **{name: options[name] for name in grid_options if name in options})
     return codes, grid, report
 

@@ -12,9 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from jquant.quantize.grid import Grid, GroupAxis, fit_grid, quantize_to_grid
+from jquant.quantize.two_level import fit_two_level
 
 
-@partial(jax.jit, static_argnames=("bits", "group_size", "symmetric", "group_axis", "clip_search", "scale_dtype"))
+@partial(
+    jax.jit,
+    static_argnames=("bits", "group_size", "symmetric", "group_axis", "clip_search", "scale_dtype", "two_level"),
+)
 def rtn(
     W: jax.Array,
     bits: int,
@@ -23,7 +27,9 @@ def rtn(
     group_axis: GroupAxis = "in",
     clip_search: bool = False,
     scale_dtype: Any = jnp.float16,
+    two_level: bool = False,
 ) -> tuple[jax.Array, Grid]:
-    """(codes [N, K] int32, grid) of W [N, K]. Arguments and errors are those of `fit_grid`."""
-    grid = fit_grid(W, bits, group_size, symmetric, group_axis, clip_search, scale_dtype)
+    """(codes [N, K] int32, grid) of W [N, K]. Arguments and errors are those of `fit_grid`, or of `fit_two_level`."""
+    fit = fit_two_level if two_level else fit_grid
+    grid = fit(W, bits, group_size, symmetric, group_axis, clip_search, scale_dtype)
     return quantize_to_grid(W, grid), grid

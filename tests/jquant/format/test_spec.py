@@ -9,6 +9,10 @@ from jquant.format.spec import ActivationSpec, QuantSpec
 SPELLINGS = {
     "w4-g128": QuantSpec(4, group_size=128),
     "w4-g128-sym": QuantSpec(4, group_size=128, symmetric=True),
+    "w4-g128-sym-twolevel": QuantSpec(4, group_size=128, symmetric=True, two_level=True),
+    "w2a8-g64-sym-twolevel-actsym": QuantSpec(
+        2, group_size=64, symmetric=True, two_level=True, activation=ActivationSpec(8, symmetric=True)
+    ),
     "w4-g64-out": QuantSpec(4, group_size=64, group_axis="out"),
     "w2": QuantSpec(2),
     "w3-codebook": QuantSpec(3, "codebook"),
@@ -48,6 +52,7 @@ def test_every_spec_survives_its_spelling() -> None:
 
 def test_order_of_the_parts_and_blanks_around_do_not_matter() -> None:
     assert QuantSpec.parse(" w4-sym-out-g32 ") == QuantSpec.parse("w4-g32-out-sym")
+    assert QuantSpec.parse("w4-twolevel-sym-g32") == QuantSpec.parse("w4-g32-sym-twolevel")
     assert QuantSpec.parse("w4+o8+s1%") == QuantSpec.parse("w4+s1%+o8")
 
 
@@ -67,6 +72,12 @@ def test_order_of_the_parts_and_blanks_around_do_not_matter() -> None:
         ("w3-codebook-g128", "a codebook has no group size"),
         ("w3-codebook-sym", "a codebook has no symmetric"),
         ("w3-codebook-out", "a codebook has no group axis"),
+        ("w3-codebook-twolevel", "a codebook has no two-level scales"),
+        ("w5-g64-sym-twolevel", "5 bits, whose multiples leave int8"),
+        ("w4-g64-twolevel", "this spec has zero points: write w4-g128-sym-twolevel"),
+        ("w4-sym-twolevel", "this spec has one scale a row"),
+        ("w4-g64-sym-out-twolevel", "this spec has groups of outputs"),
+        ("w4-g64-sym-2:4-twolevel", "this spec has a 2:4 pattern"),
         ("w4a9", "activation bits is 9"),
         ("w4-actsym", "not to how many bits"),
         ("w4a4+t1%", "-actcodebook"),

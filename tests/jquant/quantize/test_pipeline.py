@@ -190,7 +190,7 @@ def test_rules_give_layers_their_own_spec(model) -> None:
 
 
 def test_forecast_counts_the_bits_that_come_out(model) -> None:
-    for text in ("w3-g16", "w4-g20-sym", "w4-g16-out", "w5", "w3-codebook", "w3-codebook-int8"):
+    for text in ("w3-g16", "w4-g20-sym", "w4-g20-sym-twolevel", "w4-g16-out", "w5", "w3-codebook", "w3-codebook-int8"):
         spec = jq.QuantSpec.parse(text)
         method = "squeezellm" if spec.grid == "codebook" else "rtn"
         kernel = trees.leaves(model)["layers.0.mlp.down_proj.weight"]

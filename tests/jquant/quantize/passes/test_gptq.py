@@ -18,6 +18,7 @@ from jquant.quantize.passes.gptq import (
     visiting_order,
 )
 from jquant.quantize.passes.rtn import rtn
+from jquant.quantize.two_level import fit_two_level
 
 
 def problem(n=24, k=40, tokens=400, seed=0):
@@ -58,6 +59,7 @@ VARIANTS = [
     {"group_axis": "out"},
     {"group_axis": "out", "group_size": 16, "symmetric": False},
     {"clip_search": True, "group_size": 16},
+    {"two_level": True, "group_size": 16},
 ]
 
 
@@ -196,6 +198,17 @@ def test_unusable_hessian_falls_back_and_says_why(kind):
         np.testing.assert_array_equal(grid.scales, plain_grid.scales)
 
 
+def test_two_level_scales_are_found_before_rounding_and_outlive_a_fallback():
+    W, H = problem(seed=13)
+    expected = fit_two_level(W, 4, 16).scales
+    for act_order in (True, False):
+        grid = gptq(W, H, 4, 16, act_order=act_order, two_level=True).grid
+        np.testing.assert_array_equal(grid.scales, expected)
+    _, grid, report = gptq_or_rtn(W, jnp.zeros_like(H), 4, group_size=16, two_level=True)
+    assert report.fallback is not None
+    np.testing.assert_array_equal(grid.scales, expected)
+
+
 def test_vmap_equals_a_loop_and_a_bad_member_hurts_no_other():
     problems = [problem(seed=s) for s in range(3)]
     W, H = (jnp.stack(a) for a in zip(*problems, strict=True))
@@ -237,6 +250,10 @@ def test_bad_arguments_say_what_was_expected():
     W, H = problem()
     with pytest.raises(ValueError, match="static_groups"):
         gptq(W, H, 4, 16, static_groups=False)
+    with pytest.raises(ValueError, match="static_groups=True, or two_level=False"):
+        gptq(W, H, 4, 16, act_order=False, static_groups=False, two_level=True)
+    with pytest.raises(ValueError, match="groups of inputs"):
+        gptq(W, H, 4, 16, group_axis="out", two_level=True)
     with pytest.raises(ValueError, match="over its columns"):
         gptq(W, H[:5, :5], 4)
     with pytest.raises(ValueError, match="one row for each"):
