@@ -6,7 +6,8 @@ process. A kernel that hangs or faults takes its process with it, so a second pr
 starts it again behind the row that failed. `--dry` does everything but running kernels.
 
 `--more` and `--tables` are other kinds of weights. Of tables of int8 entries, bfloat16 rows contain the launch that
-makes their tokens float16, or the only token three of int8, and float16 rows show the product of float16 alone.
+makes their tokens float16, and float16 rows show the product of float16 alone. The only token of 16 bits beside tables
+is made three of int8 by their kernel, that of other rows comes as int8.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.device_time import alone, device_time, warm_up
-from bench.kernel_rows import MAIN, MORE, SHAPES, TABLES, TOKENS, UNEVEN, Row, chosen, in_pieces, rows
+from bench.kernel_rows import MAIN, MORE, SHAPES, TABLES, TOKENS, Row, chosen, in_pieces, rows
 from pallas_kernels import affine_matmul as affine, codebook_matmul as codebook
 from pallas_kernels.fragments import fragments_shape, slot_order, unpack_fragments
 from pallas_kernels.half_tokens import half_rows
@@ -72,6 +73,9 @@ class Bench:
                     fixed, units = codebook.fixed_point_tables(arrays["codebook"])
                     arrays["byte_tables"] = codebook.prepare_tables(fixed, jnp.uint16)
                     arrays["byte_scales"] = units * arrays["scales"].astype(jnp.float32)
+            if kind.two_level:
+                arrays["scales"] = jax.random.randint(keys[1], shape, 1, 17).astype(jnp.uint8)
+                arrays["steps"] = jax.random.uniform(keys[2], (row.n,), jnp.float32, 0.001, 0.002)
             if kind.zeros:
                 arrays["zeros"] = jax.random.randint(keys[2], (groups, row.n), 0, 2**kind.bits).astype(jnp.uint8)
             made.append(arrays)
@@ -101,7 +105,8 @@ class Bench:
             size = kind.group_size or row.k
             zeros = arrays["zeros"].astype(jnp.float32) if kind.zeros else jnp.float32(2 ** (kind.bits - 1))
             grid = codes.reshape(row.n, -1, size) - (zeros.T[:, :, None] if kind.zeros else zeros)
-            return (grid * arrays["scales"].astype(jnp.float32).T[:, :, None]).reshape(row.n, row.k)
+            found = (grid * arrays["scales"].astype(jnp.float32).T[:, :, None]).reshape(row.n, row.k)
+            return found * arrays["steps"][:, None] if kind.two_level else found
 
         return dense(arrays)
 
@@ -136,8 +141,7 @@ class Bench:
                 arrays |= {"tables": arrays["byte_tables"], "scales": arrays["byte_scales"]}
             arrays = {name: arrays[name] for name in ("words", "tables", "scales")}
             if in_pieces(row):
-                pieces, x_scales = codebook.split_row(inputs["x"])
-                inputs, static["pieces"] = {"x": pieces, "x_scales": x_scales}, codebook.PIECES
+                static["pieces"] = codebook.PIECES
             elif kind.entry == "int8" and kind.x == "bfloat16":
                 half, powers = half_rows(inputs["x"])
                 inputs = {"x": half, "x_scales": powers}
@@ -237,13 +241,21 @@ def part_of(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+def shape_of(text: str) -> tuple[int, int]:
+    """(28672, 8192) from 28672x8192."""
+    n, _, k = text.partition("x")
+    if not (n.isdigit() and k.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; expected one like 28672x8192")
+    return int(n), int(k)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where raw results go (default: nowhere)")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--more", action="store_true", help="other kinds of weights")
     parser.add_argument("--tables", action="store_true", help="codebooks of int8 and of 16-bit entries")
-    parser.add_argument("--uneven", action="store_true", help="shapes that few blocks fill badly")
+    parser.add_argument("--shapes", type=shape_of, nargs="+", default=SHAPES, metavar="NxK")
     parser.add_argument("--chosen", action="store_true", help="only the configurations that `choose` gives")
     parser.add_argument("--only", default="", help="rows whose name matches this regular expression")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
@@ -253,7 +265,7 @@ def main() -> None:
     options = parser.parse_args()
     tokens = tuple(int(m) for m in options.tokens.split(","))
     kinds = TABLES if options.tables else MORE if options.more else MAIN
-    todo = rows(kinds, tokens, UNEVEN if options.uneven else SHAPES, not options.chosen)
+    todo = rows(kinds, tokens, options.shapes, not options.chosen)
     todo = [row for row in todo if re.search(options.only, row.name())]
     part, parts = options.share
     todo = todo[len(todo) * (part - 1) // parts : len(todo) * part // parts]

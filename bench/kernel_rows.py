@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from pallas_kernels import affine_matmul as affine, codebook_matmul as codebook
 from pallas_kernels.codebook_matmul.choice import candidates, estimate
 
 SHAPES = ((28672, 8192), (4096, 4096))
-UNEVEN = ((5120, 5120), (10240, 8192), (12288, 4096))  # in few rounds of 132 blocks, the last half empty
 TOKENS = (1, 16, 64, 256, 2048)
 
 
@@ -23,11 +22,18 @@ class Kind:
     group_size: int | None = 128
     zeros: bool = False
     entry: str | None = None  # the type of a table's entry; None: affine
+    two_level: bool = False  # scales are whole multiples of a step a row
 
 
-MAIN = (Kind("w4a16", 4, "bfloat16"), Kind("w4a8", 4, "int8"))
+MAIN = (
+    Kind("w4a16", 4, "bfloat16"),
+    Kind("w4a8", 4, "int8"),
+    Kind("w4a16-two-level", 4, "bfloat16", two_level=True),
+    Kind("w4a8-two-level", 4, "int8", two_level=True),
+)
 MORE = (
     Kind("w8a8-row", 8, "int8", None),
+    Kind("w8a16-row", 8, "bfloat16", None),
     Kind("w4a4-row", 4, "int8", None),
     Kind("w4a16-zeros", 4, "bfloat16", 128, True),
     Kind("w4a8-zeros", 4, "int8", 128, True),
@@ -70,16 +76,16 @@ def entry_bytes(kind: Kind) -> int:
 
 
 def in_pieces(row: Row) -> bool:
-    """Whether the token is multiplied as three of int8."""
+    """Whether the token is multiplied as three of int8, which the kernel makes of it."""
     return row.m == 1 and row.kind.x == "bfloat16" and row.kind.entry is not None
 
 
 def problem_of(row: Row) -> affine.Problem:
     kind = row.kind
     if in_pieces(row):
-        more: dict[str, Any] = {"pieces": codebook.PIECES, "planes": entry_bytes(kind)}
+        more: dict[str, Any] = {"pieces": codebook.PIECES, "planes": entry_bytes(kind), "token_dtype": kind.x}
         return affine.Problem(1, row.n, row.k, kind.bits, None, False, "int8", "float32", **more)
-    scales = "bfloat16" if kind.entry is None else "float32"
+    scales = "uint8" if kind.two_level else "bfloat16" if kind.entry is None else "float32"
     return affine.Problem(row.m, row.n, row.k, kind.bits, kind.group_size, kind.zeros, kind.x, scales)
 
 
@@ -102,15 +108,17 @@ def cuts(kind: Kind, m: int, n: int) -> list[Cut]:
         alone = ((512, 2, 2, 1, 1), (256, 4, 1, 1, 1)) if whole else ((512, 2, 2, 4, 1), (512, 1, 4, 1, 1))
         return [(width, *rest) for rest in (*shared, *alone)]
     if m <= 64:
+        width = 32 if m <= 32 else 64
         shared = ((256, 2, 2, 1, 2), (256, 1, 4, 1, 2))
         alone = (
             ((128, 4, 1, 1, 1), (256, 2, 2, 1, 1), (128, 2, 1, 1, 1), (128, 3, 1, 1, 1))
             if whole
             else ((128, 4, 1, 8, 1), (512, 1, 4, 1, 1))
         )
-        return [(64, *rest) for rest in (*shared, *alone)]
+        return [(width, *rest) for rest in (*shared, *alone)]
     if kind.x != "int8":
-        return [(256, 128, 2, 1, 1, 1), (128, 128, 2, 1, 1, 1), (128, 128, 3, 1, 1, 1), (128, 128, 2, 1, 1, 2)]
+        widths = [(256, 2), (224, 2), (192, 2), (160, 2), (128, 2), (192, 3), (160, 3), (128, 3)]
+        return [*((width, 128, rows, 1, 1, 1) for width, rows in widths), (128, 128, 2, 1, 1, 2)]
     shared = [(128, 128, 2, 1, 1, 2), (128, 256, 2, 1, 1, 2), (96, 256, 3, 1, 1, 2)]
     alone = [(128, 256, 2), (128, 128, 2), (96, 256, 3), (96, 128, 3), (128, 128, 3), (160, 128, 2), (160, 256, 2)]
     alone += [(192, 128, 2), (192, 256, 2), (176, 256, 2)]
@@ -127,7 +135,7 @@ def compared(row: Row) -> Iterator[affine.Config]:
     for block_m, block_k, rows, parts, splits, cluster in cuts(kind, m, n):
         items = -(-n // (64 * rows)) * -(-m // block_m)
         blocks = 132 if cluster > 1 else min(132, items * splits)
-        for scale in ("operand", "sum") if kind.x != "int8" and m > 16 else ("sum",):
+        for scale in ("operand", "sum") if kind.x != "int8" and m > 16 and not kind.two_level else ("sum",):
             config = affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, cluster)
             yield config
             if cluster == 1 and splits == 1:
@@ -147,7 +155,7 @@ def filled(row: Row) -> Row | None:
 
 
 def rows(
-    kinds: tuple[Kind, ...], tokens: tuple[int, ...], shapes: tuple[tuple[int, int], ...], all_configs: bool
+    kinds: Sequence[Kind], tokens: Sequence[int], shapes: Sequence[tuple[int, int]], all_configs: bool
 ) -> list[Row]:
     """What `choose` gives for every case, followed, if wanted, by other configurations. Cases come by shape and kind,
     whose arrays are then made once."""

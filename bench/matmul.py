@@ -70,8 +70,10 @@ class Op(NamedTuple):
 
 OPS = (
     Op("W4A16 g128", "w4-g128-sym"),
+    Op("W4A16 g128, two levels", "w4-g128-sym-twolevel"),
     Op("W4A16 g128, zeros", "w4-g128"),
     Op("W4A8 g128", "w4a8-g128-sym-actsym"),
+    Op("W4A8 g128, two levels", "w4a8-g128-sym-twolevel-actsym"),
     Op("W3A16 codebook", "w3-codebook"),
     Op("W3A16 codebook + 0.45 %", "w3-codebook+s0.45%"),
     Op("W4A16 codebook", "w4-codebook"),
@@ -178,6 +180,9 @@ def random_weight(spec: QuantSpec, n: int, k: int, seed: int) -> Any:
     else:
         groups = -(-columns // (spec.group_size or columns))
         scales = jax.random.uniform(keys[1], (n, groups), jnp.float32, 0.01, 0.02).astype(jnp.float16)
+        if spec.two_level:  # multiples of a step, 2**-11 or a half more
+            steps = jnp.where(scales[:, :1] > 0.015, 1.5, 1.0).astype(jnp.float16) * jnp.float16(2.0**-11)
+            scales = steps * jax.random.randint(keys[1], (n, groups), 8, 17).astype(jnp.float16)
         zeros = None
         if not spec.symmetric:
             zeros = jax.random.randint(keys[2], (n, groups), 0, 2**spec.bits).astype(jnp.uint8)

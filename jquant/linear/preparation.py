@@ -81,7 +81,7 @@ def _for_hopper(layer: QuantizedLinear, dtype: Any) -> QuantizedLinear:
     sums = None
     if act is not None and not act.symmetric:  # offsets of activations meet the sums of the weight's rows
         sums = _row_sums(base)
-    if isinstance(base, AffineWeight) and act is not None:
+    if isinstance(base, AffineWeight) and rest is None:
         base = _in_two_levels(base)
     base = with_layout(base, "fragments")
     if sums is not None:

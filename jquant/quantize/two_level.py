@@ -2,8 +2,8 @@
 
     scales[n, g] = step[n] * m[n, g],     m whole, 1 to 16     (symmetric grids of up to 4 bits, groups of inputs)
 
-(code - 2**(bits - 1)) * m is then an int8, and exact in bfloat16, so a kernel sums the whole row, with 8-bit inputs x in
-int32, and applies one scale, as if there were no groups:
+(code - 2**(bits - 1)) * m is then an int8, and exact in bfloat16. So a kernel sums the whole row, in int32 beside 8-bit
+inputs x, and applies one scale, as if there were no groups:
 
     sum_g scales[n, g] sum_{k in g} (code - 2**(bits - 1)) x   =   step[n] sum_k (code - 2**(bits - 1)) m x
 

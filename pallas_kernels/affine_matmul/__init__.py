@@ -15,8 +15,8 @@ The weights are decoded in registers, so the tensor core reads no decoded weight
 arXiv 2408.11743, with `wgmma`, whose register operand they are: outputs are the rows of the product, tokens its
 columns, and few tokens waste nothing).
 
-Scales of groups may come in two levels, beside 8-bit x: whole multiples of a step a row (`two_level`). Then they are
-multiplied with the codes, exactly, and sums run on over the whole row.
+Scales of groups may come in two levels: whole multiples of a step a row (`two_level`). Then the codes are multiplied by
+them, exactly, and sums are of the whole row.
 
 With groups and more tokens than a warpgroup can keep group sums of, weights are scaled in the type of x, which rounds
 them: by up to 2**-8 in bfloat16, 2**-11 in float16, for which few scales are too large or too small (`fits_half`).
@@ -84,7 +84,7 @@ def affine_matmul(
     makes 8-bit x of one 16-bit token, symmetric codes of so many bits and their scale, and nothing else goes with the
     token; those of `pallas_kernels.activation_quantize`, without a launch of its own. pieces, 3: it becomes three rows
     of digits, as `codebook_matmul.split_row` makes them, whose sums are of 24 bits. steps [N]: then scales of groups
-    are uint8 multiples of these, 16 at most, beside 8-bit x; both from `split_scales`. Rows of `scales` and `zeros` of
+    are uint8 multiples of these, 16 at most; both from `split_scales`. Rows of `scales` and `zeros` of
     groups that are no multiple of 64 long are padded here, a copy: pad them once beforehand.
     ValueError with the reason where there is no kernel, or `config` does not fit.
     """

@@ -58,8 +58,12 @@ def choose(problem: Problem) -> Config:
 
 def rounds_weights(problem: Problem) -> bool:
     """Whether the chosen configuration scales weights of groups in 16 bits. Zero points make a group of a whole row."""
-    grouped = problem.group_size is not None or problem.has_zeros
-    return grouped and problem.x_bytes == 2 and choose(problem).scale == "operand"
+    return _may_round(problem) and problem.x_bytes == 2 and choose(problem).scale == "operand"
+
+
+def _may_round(problem: Problem) -> bool:
+    """Whether scaled 16-bit weights would be rounded."""
+    return (problem.group_size is not None or problem.has_zeros) and not problem.two_level
 
 
 def few_stages(problem: Problem, config: Config) -> bool:
@@ -129,15 +133,15 @@ def _kind(problem: Problem) -> str:
 
 def _time(problem: Problem, config: Config, each: float) -> float:
     """Microseconds of a product, about; `each`: of an output and token, beside the first blocks."""
-    kind, grouped = _kind(problem), problem.group_size is not None or problem.has_zeros
+    kind = _kind(problem)
     items, block = blocks_of(problem, config) * config.splits, config.rows * config.block_m
     whole = each * block * problem.inputs * _PRODUCT[kind] * (_TWO_STAGES if config.stages == 2 else 1)
     if problem.entry_words:
         whole *= 1 + _ENTRIES / config.block_m
     before = 0.0
-    if grouped and config.scale == "operand" and problem.x_dtype == "bfloat16":
+    if _may_round(problem) and config.scale == "operand" and problem.x_dtype == "bfloat16":
         before = _HALF + _TOKEN * problem.tokens * problem.inputs
-    elif kind == "16 bits" and (problem.group_size or 128) < 128:
+    elif kind == "16 bits" and (problem.group_size or 128) < 128 and not problem.two_level:
         whole *= _SMALL_GROUPS
     if config.stream_k:
         ranges = StreamK(items, -(-problem.inputs // config.block_k), config.blocks)

@@ -36,8 +36,8 @@ ScaleWhere = Literal["sum", "operand"]
 class Config:
     """scale: where the scale of a group is multiplied. "sum": the sums of a group are scaled, exact weights; "operand":
     the weight is scaled in 16 bits, which rounds it, and costs fewer registers. Whole-row scales are multiplied at the
-    end in either case. kept_places: tiles of 64 kept columns, if there are any, that shared memory holds beside the
-    stages."""
+    end in either case, whole multiples of a step with the codes. kept_places: tiles of 64 kept columns, if there are
+    any, that shared memory holds beside the stages."""
 
     block_m: int
     block_k: int
@@ -248,7 +248,8 @@ def runs_on(problem: Problem) -> bool:
 
 def sums_groups(problem: Problem, config: Config) -> bool:
     """Whether every group has sums of its own."""
-    return problem.group_size is not None and config.scale == "sum" and problem.x_bytes == 2
+    grouped = problem.group_size is not None and not problem.two_level
+    return grouped and config.scale == "sum" and problem.x_bytes == 2
 
 
 def sums_in_flight(config: Config) -> int:
@@ -309,8 +310,8 @@ def no_scales(problem: Problem) -> str | None:
         return f"scales are {problem.scale_dtype}; expected bfloat16, float16, float32 or, in two levels, uint8"
     if not problem.two_level:
         return None
-    if problem.x_dtype != "int8" or problem.group_size is None or problem.has_zeros or problem.bits > 4:
-        return "scales in two levels go with int8 activations, groups of inputs, no zero points and at most 4 bits"
+    if problem.group_size is None or problem.has_zeros or problem.bits > 4 or problem.entry_words:
+        return "scales in two levels go with groups of inputs, no zero points, at most 4 bits and no sparse entries"
     return None
 
 

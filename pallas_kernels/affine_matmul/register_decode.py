@@ -10,7 +10,8 @@ instruction; subtracting the same number plus the zero point is exact:
     bf16   0x4300 | q = 128 + q        f16   0x6400 | q = 1024 + q
     (0x43004300 | n >> 4i & 0x000f000f) - (128 + zero)      i = 0..3
 
-A bfloat16 has seven bits of mantissa, so the eighth bit of a byte is subtracted as a number of its own.
+A bfloat16 has seven bits of mantissa, so the eighth bit of a byte is subtracted as a number of its own. With a whole
+scale s up to 16 a group, 4 bits become (q - 8) s by one multiply-add: 136 s and 1032 s have few enough bits.
 
 8-bit operands. Even nibbles of n_s are row r0, odd ones row r1. Without zeros the code less 2**(b - 1) is put in the
 topmost bits of its byte: the operand is 2**(8 - b) times the weight (`byte_factor`), three instructions for 8 codes.
@@ -68,23 +69,37 @@ def half_zeros(zero: Value | None, bits: int, operand: ops.Operand) -> Value:
     return arith.muli(arith.addi(zero, constant(exponent)), constant(0x00010001))
 
 
+def half_multiples(scale: Value, operand: ops.Operand) -> tuple[Value, Value]:
+    """A whole scale, and what a multiply-add of 4-bit codes needs beside it, as two equal 16-bit floats each."""
+    factor = ops.to_float(scale)
+    middle = ops.multiply(factor, ops.float_constant(-136.0 if operand == "bf16" else -1032.0))
+    return ops.pack_twice(factor, operand), ops.pack_twice(middle, operand)
+
+
 def half_fragments(
     words: Sequence[Value],
     bits: int,
     operand: ops.Operand,
     zeros: Sequence[Value],
     has_zeros: bool,
+    multiples: Sequence[tuple[Value, Value]] | None = None,
 ) -> list[list[Value]]:
     """A of the four m64k16 of a tile: registers (r0; 2t, 2t+1), (r1; same), (r0; 2t+8, 2t+9), (r1; same).
 
-    zeros: what `half_zeros` gives for rows r0, r1.
+    zeros: what `half_zeros` gives for rows r0, r1; multiples, instead of these: what `half_multiples` does.
     """
     exponent = _EXPONENT[operand] * 0x00010001
     fragments = []
     if bits != 8:
         for word in nibble_words(words, bits):
             codes = [ops.and_or(ops.shift(word, -4 * i), 0x000F000F, exponent) for i in range(4)]
-            fragments.append([ops.packed("sub", code, zeros[i % 2], operand) for i, code in enumerate(codes)])
+            if multiples is None:
+                fragments.append([ops.packed("sub", code, zeros[i % 2], operand) for i, code in enumerate(codes)])
+            else:
+                pairs = [multiples[i % 2] for i in range(4)]
+                fragments.append(
+                    [ops.packed_multiply_add(c, *pair, operand) for c, pair in zip(codes, pairs, strict=True)]
+                )
     else:
         for step in range(4):
             registers = []

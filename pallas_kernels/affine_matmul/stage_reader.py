@@ -126,10 +126,14 @@ class StageReader:
         given = self.first_grid if run == 0 else None
         found = self._read_grid(run) if given is None else given
         scales, zeros = found[:2], found[2:]
-        if problem.two_level:
+        if problem.two_level and self.operand == "s8":
             return Grid(multiples=[decode.byte_multiples(scale, problem.bits) for scale in scales])
+        if problem.two_level and problem.bits == 4:
+            return Grid(multiples=[decode.half_multiples(scale, self.operand) for scale in scales])
         half_scales = None
-        if self.config.scale == "operand":
+        if problem.two_level:  # exact: codes times multiples have eight bits at most
+            half_scales = [ops.pack_twice(ops.to_float(scale), self.operand) for scale in scales]
+        elif self.config.scale == "operand":
             half_scales = [ops.pack_twice(scale, self.operand) for scale in scales]
         return Grid(scales, half_scales, self._zeros(zeros if problem.has_zeros else None))
 
@@ -189,6 +193,5 @@ class StageReader:
             return self.decode(words)
         if self.operand == "s8":
             return decode.byte_fragments(words, self.problem.bits, grid.zeros, grid.multiples)
-        assert grid.zeros is not None
         bits, has_zeros = self.problem.bits, self.problem.has_zeros
-        return decode.half_fragments(words, bits, self.operand, grid.zeros, has_zeros)
+        return decode.half_fragments(words, bits, self.operand, grid.zeros or [], has_zeros, grid.multiples)

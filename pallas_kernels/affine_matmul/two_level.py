@@ -2,10 +2,11 @@
 
     scales[n, g] = steps[n] * multiples[n, g],     multiples 0 .. 16
 
-Then 8-bit operands are codes times multiples, less 2**(bits - 1) times multiples, which fits a byte for up to 4 bits,
-and int32 sums of a whole row have one scale: groups cost what decoding them costs, and no multiply-add a group. The
-idea is QServe's (arXiv 2405.04532, section 4.2), without zero points; the multiplication of four codes at once and why
-it does not carry are LiquidGEMM's (arXiv 2509.01229).
+Operands are then codes less 2**(bits - 1) times multiples: up to 4 bits these fit a byte, and a bfloat16 without being
+rounded, and the sums of a whole row have one scale. So groups cost what decoding them costs: no multiply-add of sums a
+group, and tokens need not become float16, beside which weights are rounded less. The idea is QServe's (arXiv
+2405.04532, section 4.2), without zero points; that four codes at once can be multiplied and do not carry is
+LiquidGEMM's (arXiv 2509.01229).
 """
 
 from typing import Any

@@ -65,7 +65,7 @@ def _affine_matmul(
     offset = 2.0 ** (bits - 1) if zeros is None else zeros[group, row].T.astype(jnp.float32)
     scale = scales[group, row].T.astype(jnp.float32)
     if (steps := more.get("steps")) is not None:
-        assert scales.dtype == jnp.uint8 and x.dtype == jnp.int8
+        assert scales.dtype == jnp.uint8
         scale = scale * steps.astype(jnp.float32)[:, None]
     weight = codes - offset
     if entries is not None:

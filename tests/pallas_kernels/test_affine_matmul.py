@@ -62,6 +62,17 @@ class Instructions:
         result = left - right if operation == "sub" else left * right
         return result.astype(kind).view(np.uint32)
 
+    def packed_multiply_add(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, operand: str) -> np.ndarray:
+        kind = FLOATS[operand]
+        a, b, c = (np.broadcast_to(v, THREAD.shape).copy().view(kind).astype(np.float64) for v in (a, b, c))
+        return (a * b + c).astype(kind).view(np.uint32)
+
+    def multiply(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a * b
+
+    def float_constant(self, value: float) -> np.ndarray:
+        return np.float32(value) + np.zeros(THREAD.shape, np.float32)
+
     def to_float(self, word: np.ndarray) -> np.ndarray:
         return word.astype(np.int32).astype(np.float32)
 

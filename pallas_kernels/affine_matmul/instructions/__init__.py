@@ -24,6 +24,7 @@ from pallas_kernels.affine_matmul.instructions.arithmetic import (
     pack_pair as pack_pair,
     pack_twice as pack_twice,
     packed as packed,
+    packed_multiply_add as packed_multiply_add,
     permute as permute,
     reciprocal as reciprocal,
     replaced as replaced,

@@ -59,6 +59,12 @@ def packed(operation: Literal["sub", "mul"], a: Value, b: Value, operand: Operan
     return compat.inline_assembly([compat.i32()], [a, b], f"{name} $0, $1, $2;", "=r,r,r", True)[0]
 
 
+def packed_multiply_add(a: Value, b: Value, c: Value, operand: Operand) -> Value:
+    """a * b + c of two 16-bit floats at a time, rounded once."""
+    name = "fma.rn.bf16x2" if operand == "bf16" else "fma.rn.f16x2"
+    return compat.inline_assembly([compat.i32()], [a, b, c], f"{name} $0, $1, $2, $3;", "=r,r,r,r", True)[0]
+
+
 def pack_twice(value: Value, operand: Operand) -> Value:
     """A float32 register as two equal 16-bit floats."""
     text = f"cvt.rn.{operand}x2.f32 $0, $1, $1;"
