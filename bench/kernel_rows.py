@@ -135,7 +135,7 @@ def compared(row: Row) -> Iterator[affine.Config]:
     for block_m, block_k, rows, parts, splits, cluster in cuts(kind, m, n):
         items = -(-n // (64 * rows)) * -(-m // block_m)
         blocks = 132 if cluster > 1 else min(132, items * splits)
-        for scale in ("operand", "sum") if kind.x != "int8" and m > 16 and not kind.two_level else ("sum",):
+        for scale in ("operand", "sum") if kind.x != "int8" and m > 16 else ("sum",):
             config = affine.Config(block_m, block_k, rows, parts, splits, 0, scale, blocks, cluster)
             yield config
             if cluster == 1 and splits == 1:

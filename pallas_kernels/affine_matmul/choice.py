@@ -15,7 +15,9 @@ from pallas_kernels.affine_matmul.stream_k import StreamK
 # inputs: of 16-bit tokens, of 8-bit tokens with groups, and without.
 _WIDE = (
     (Config(256, 128, 2, scale="operand"), 1.0),
-    (Config(128, 128, 3, scale="operand"), 1.01),
+    (Config(128, 128, 3, scale="operand"), 1.0),
+    (Config(192, 128, 3, scale="operand"), 0.96),
+    (Config(160, 128, 2, scale="operand"), 1.03),
     (Config(128, 128, 2, scale="operand"), 1.16),
     (Config(128, 128, 2), 1.16),
     (Config(128, 128, 2, cluster=2), 1.17),
@@ -42,7 +44,8 @@ _SEMAPHORES = 1.5  # set to zero, for stream-K
 _KERNEL, _SPLIT = 2.5, 2e-6  # that adds sums of split inputs: a launch, an output and token of each
 _HALF, _TOKEN = 1.2, 6e-7  # bfloat16 tokens made float16: a launch, a token and input
 # Factors
-_ASTRAY = 1.03  # by stream-K: CTAs that read different inputs at a time find less in the cache
+# by stream-K: CTAs that read different inputs at a time find less in the cache
+_ASTRAY = {"16 bits": 1.05, "groups": 1.03, "8 bits": 1.03}
 _TWO_STAGES = 1.03  # hide less of a copy's latency
 _SMALL_GROUPS = 1.1  # sums of groups of 64
 _ENTRIES = 15.0  # sparse entries cost a block of so many tokens as much again as its products
@@ -95,9 +98,17 @@ def _few(problem: Problem, wide: int) -> list[Config]:
             # tokens sharing them pays for decoding that takes long: of 2 or 3 bits, or with entries added
             if tokens > 32 or problem.bits < 4 or problem.entry_words:
                 found += [Config(wide, 128, 4, stream_k=True)]
+        elif problem.x_bytes == 2:  # one round of blocks of 128 outputs
+            idle = 3 * -(-blocks // 2) <= 2 * MULTIPROCESSORS
+            if problem.bits == 8 and tokens > 32:  # more stages than of larger blocks
+                found += [Config(wide, 128, 2, stream_k=idle)]
+            elif idle and problem.bits < 8:
+                found += [Config(wide, 256, 2, 2, stream_k=True)]
     elif 2 * blocks >= MULTIPROCESSORS - 8:  # blocks of 64 outputs for half of the multiprocessors
         if problem.x_bytes == 1 and problem.inputs <= 4096:
             return [_sized(problem, Config(wide, block_k, 1, 4), parts=False) for block_k in (512, 256)]
+        if problem.x_bytes == 2 and problem.bits == 8 and tokens > 32 and blocks > 64:
+            found += [Config(wide, 256, 2, 2, cluster=2)]
         if tokens > 16:
             found += [Config(wide, 256, 1, 4, cluster=2)]
     shapes: tuple[tuple[int, int, int], ...] = ((2, 2, 512), (2, 2, 256), (1, 4, 512), (1, 1, 128))
@@ -115,6 +126,8 @@ def _few(problem: Problem, wide: int) -> list[Config]:
     ):
         shapes = ((4, 1, 512), *shapes)  # one round
     found += [Config(wide, block_k, rows, parts) for rows, parts, block_k in shapes]
+    if problem.two_level and tokens > 32:  # with fewer, sums of groups take less time than multiplying weights
+        found = [replace(config, scale="operand") if problem.x_bytes == 2 else config for config in found]
     found = [_shared(problem, config) if config.stream_k else _sized(problem, config) for config in found]
     return sorted(found, key=lambda config: few_stages(problem, config))
 
@@ -146,7 +159,7 @@ def _time(problem: Problem, config: Config, each: float) -> float:
     if config.stream_k:
         ranges = StreamK(items, -(-problem.inputs // config.block_k), config.blocks)
         shared = _SEMAPHORES + _STREAM_K[kind] * block * (1 + ranges.parts) / 2 if ranges.units else 0
-        return before + _ASTRAY * ranges.turns * whole + shared
+        return before + _ASTRAY[kind] * ranges.turns * whole + shared
     rounds = Rounds(items, config.cluster, config.blocks)
     shared = rounds.shared * block * _CLUSTER[kind] if config.cluster > 1 else 0
     if config.splits > 1:

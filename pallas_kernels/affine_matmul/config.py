@@ -34,10 +34,10 @@ ScaleWhere = Literal["sum", "operand"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """scale: where the scale of a group is multiplied. "sum": the sums of a group are scaled, exact weights; "operand":
-    the weight is scaled in 16 bits, which rounds it, and costs fewer registers. Whole-row scales are multiplied at the
-    end in either case, whole multiples of a step with the codes. kept_places: tiles of 64 kept columns, if there are
-    any, that shared memory holds beside the stages."""
+    """scale: where the scale of a group is multiplied beside 16-bit tokens. "sum": its sums are scaled, exact weights;
+    "operand": the weight is scaled in 16 bits, which rounds it unless the scale is a whole multiple of a step, and
+    costs fewer registers. Scales and steps of whole rows are multiplied at the end in either case. kept_places: tiles
+    of 64 kept columns, if there are any, that shared memory holds beside the stages."""
 
     block_m: int
     block_k: int
@@ -248,8 +248,7 @@ def runs_on(problem: Problem) -> bool:
 
 def sums_groups(problem: Problem, config: Config) -> bool:
     """Whether every group has sums of its own."""
-    grouped = problem.group_size is not None and not problem.two_level
-    return grouped and config.scale == "sum" and problem.x_bytes == 2
+    return problem.group_size is not None and config.scale == "sum" and problem.x_bytes == 2
 
 
 def sums_in_flight(config: Config) -> int:

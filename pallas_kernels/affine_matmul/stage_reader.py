@@ -128,12 +128,13 @@ class StageReader:
         scales, zeros = found[:2], found[2:]
         if problem.two_level and self.operand == "s8":
             return Grid(multiples=[decode.byte_multiples(scale, problem.bits) for scale in scales])
-        if problem.two_level and problem.bits == 4:
+        in_operand = self.config.scale == "operand"
+        if problem.two_level and problem.bits == 4 and in_operand:
             return Grid(multiples=[decode.half_multiples(scale, self.operand) for scale in scales])
+        if problem.two_level:
+            scales = [ops.to_float(scale) for scale in scales]
         half_scales = None
-        if problem.two_level:  # exact: codes times multiples have eight bits at most
-            half_scales = [ops.pack_twice(ops.to_float(scale), self.operand) for scale in scales]
-        elif self.config.scale == "operand":
+        if in_operand:  # of two levels exact: codes times multiples have eight bits at most
             half_scales = [ops.pack_twice(scale, self.operand) for scale in scales]
         return Grid(scales, half_scales, self._zeros(zeros if problem.has_zeros else None))
 

@@ -206,14 +206,19 @@ def test_whole_scales_are_multiplied_with_the_codes() -> None:
     np.testing.assert_array_equal(stored.weight.scales, w.weight.scales)
     with pytest.raises(ValueError, match="steps is present"):
         validate(dataclasses.replace(w, weight=dataclasses.replace(w.weight, steps=base.steps)), "layer")
-    # other scales, zero points, codes that leave no room, a single group, and tokens of 16 bits have them as they are
+    # beside tokens of 16 bits weights are exact, too: none becomes float16 to be rounded less
+    alone: Any = prepare(w.weight)
+    assert alone.scales.dtype == jnp.uint8
+    assert all("as float16" not in choose(alone, tokens).reason for tokens in (16, 300))
+    np.testing.assert_array_equal(dequantize(alone), dequantize(w.weight))
+    # other scales, zero points, codes that leave no room, a single group, and what has sparse entries stay as they are
     act = ActivationQuant(None, None, 8)
     for other in (
         QuantizedLinear(_affine(4, 64, symmetric=True), activation=act),
         QuantizedLinear(_in_two_levels(_affine(4, 64)), activation=act),
         QuantizedLinear(_in_two_levels(_affine(8, 64, symmetric=True)), activation=act),
         QuantizedLinear(_affine(4, None, symmetric=True), activation=act),
-        QuantizedLinear(w.weight),
+        _residual(w.weight),
     ):
         found: Any = prepare(other)
         assert found.weight.steps is None and found.weight.scales.dtype == jnp.float16

@@ -217,7 +217,7 @@ def test_groups_lose_little_however_many_tokens_there_are(
 @pytest.mark.parametrize(
     ("dtype", "scale", "fits"),
     [
-        (jnp.float16, 2.0**-22, True),  # subnormal: products are whole numbers of 2**-24
+        (jnp.float16, 2.0**-18, True),  # subnormal: products are whole numbers of 2**-24
         (jnp.float16, 2.0**12, False),  # products overflow
         (jnp.bfloat16, 2.0**-4, True),
         (jnp.bfloat16, 2.0**-20, False),
