@@ -280,6 +280,7 @@ def _token_layers(columns: int) -> dict[str, tuple[QuantizedLinear, bool]]:
         "w4-codebook": (QuantizedLinear(free), True),
         "w8a8": (QuantizedLinear(whole, activation=ActivationQuant(None, None, 8)), False),
         "w4-g64": (QuantizedLinear(grouped), True),
+        "w4-g64-sym-twolevel": (QuantizedLinear(_in_two_levels(grouped)), True),
     }
 
 
