@@ -104,6 +104,8 @@ def _activations() -> list[Row]:
         row("QUIK W8A8", "quik", "w8a8-sym-actsim+o32"),
         row("RTN W4A8", "rtn", "w4a8-sym"),
         row("GPTQ W4A8-g64", "gptq", "w4a8-g64"),
+        row("GPTQ W4A8-g64, symmetric", "gptq", "w4a8-g64-sym"),
+        row("GPTQ W4A8-g64, two levels", "gptq", "w4a8-g64-sym-twolevel"),
         row("QUIK W4A8", "quik", "w4a8-sym+o32"),
         row("QUIK W4A8, guided", "quik", "w4a8-sym+o32", **guided),
         row("SqueezeLLM W4A8, int8 tables", "squeezellm", "w4a8-codebook-int8"),
