@@ -38,7 +38,9 @@ from pallas_kernels.affine_matmul.epilogue import scale_block, store_block
 from pallas_kernels.affine_matmul.kept_product import copy_kept, kept_product, kept_scratch, offer_places
 from pallas_kernels.affine_matmul.output_tiles import store_tiles, tiles_scratch
 from pallas_kernels.affine_matmul.own_token import (
+    STAGES_BEFORE_TOKEN,
     ask_for_token,
+    goes_first,
     make_token,
     token_scales,
     token_scratch,
@@ -140,6 +142,7 @@ def _body(
     pieces = Pieces(problem, config, cluster, rank)
     mine = pieces.count()
     copying, computing = config.registers()
+    token_first = goes_first(problem, decoder is not None)
     semaphores: Any = None
     if config.stream_k:
         semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((config.blocks * config.row_warpgroups,)))
@@ -152,13 +155,14 @@ def _body(
     def _copy() -> None:
         if config.warpgroups > 1:
             plgpu.set_max_registers(copying, action="decrease")
-        wait_for_token(problem, config)
 
         def item(index: jax.Array, done: jax.Array) -> jax.Array:
             piece = pieces.piece(index)
 
             def step(k: jax.Array, done: jax.Array) -> jax.Array:
                 slot = lax.rem(done, jnp.int32(config.stages))
+                if token_first:
+                    wait_for_token(config, done == STAGES_BEFORE_TOKEN)
 
                 @pl.when(done >= config.stages)
                 def _wait() -> None:
@@ -172,7 +176,9 @@ def _body(
                 copy_kept(problem, config, refs, shared, piece.row, piece.column, kept_tiles(piece.first))
             return done
 
-        lax.fori_loop(0, mine, item, jnp.int32(0))
+        done = lax.fori_loop(0, mine, item, jnp.int32(0))
+        if token_first:
+            wait_for_token(config, done <= STAGES_BEFORE_TOKEN)
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute() -> None:
@@ -261,7 +267,7 @@ def _body(
         chunks = ask_for_token(problem, config)(refs["x"], warpgroup) if problem.token_dtype else None
         first_state = load_state(jnp.int32(0))
         if chunks is not None:
-            make_token(problem, config)(chunks, shared["token"], warpgroup)
+            make_token(problem, config, token_first)(chunks, shared["token"], warpgroup)
         # Running sums are scaled before the next products: what else these need is read while the last ones run. Others
         # gain nothing by it with few tokens, and with many they lose: CTAs then ask less often for the same at a time.
         ahead = [arrived(0, mine > 0)] if runs_on(problem) else []

@@ -8,8 +8,8 @@ bit for bit, but for codes of a token that is not finite, whose scale is NaN. A 
 itself, while the first weights are on their way, and the stages need no room for inputs.
 
 In a queue behind the weights that fill all stages the token takes 2 or 3 us to arrive. Where weights are decoded as
-fast as they come, that is hidden behind them, and copying starts at once. Beside 16-bit tables, whose look-ups take
-longer than the copies, it begins when the token has arrived.
+fast as they come, that is hidden behind them, and copying starts at once. Beside tables, whose look-ups take longer
+than the copies, only the first stage is copied until a token in pieces has arrived.
 
 A thread has whole chunks of 16 inputs: number thread, thread + threads, .. It loads them all before it looks at one,
 and keeps them from the first pass, for the largest magnitude, to the second, which makes the codes. In slot order word
@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
@@ -37,6 +38,7 @@ from pallas_kernels.affine_matmul import instructions as ops
 from pallas_kernels.affine_matmul.config import BEHIND_TOKEN, Config, Problem, token_bytes
 from pallas_kernels.compat import Value, arith, constant
 
+STAGES_BEFORE_TOKEN = 1  # copied before it has arrived, where others wait
 _CHUNK = 16  # inputs
 _SCALES = 64  # bytes behind the codes
 _MAGIC = 12582912.0  # 1.5 * 2**23: v + _MAGIC holds the integer nearest to v in its low bits
@@ -63,20 +65,20 @@ def token_scales(token: Any) -> Any:
     return token.at[token.shape[0] - BEHIND_TOKEN + _SCALES :]
 
 
-def goes_first(problem: Problem) -> bool:
-    """Whether the weights wait until the token has arrived."""
-    return bool(problem.token_dtype) and problem.planes > 1
+def goes_first(problem: Problem, beside_tables: bool) -> bool:
+    """Whether all but the first weights wait until the token has arrived."""
+    return bool(problem.token_dtype) and problem.pieces > 1 and beside_tables
 
 
-def wait_for_token(problem: Problem, config: Config) -> None:
-    """What the copying warpgroup does before its first copy."""
+def wait_for_token(config: Config, now: Any) -> None:
+    """What the copying warpgroup does once, where a token goes first: before a copy, or behind the last one if there
+    are few."""
 
     @plgpu.inline_mgpu(arg_types=())
     def wait(_: Any) -> None:
         ops.wait_for_told((config.warpgroups + 1) * compat.THREADS)
 
-    if goes_first(problem):
-        wait()  # pyright: ignore[reportCallIssue]
+    pl.when(now)(lambda: wait())  # pyright: ignore[reportCallIssue]
 
 
 def ask_for_token(problem: Problem, config: Config) -> Callable[[Any, Any], jax.Array]:
@@ -92,16 +94,16 @@ def ask_for_token(problem: Problem, config: Config) -> Callable[[Any, Any], jax.
     return ask  # pyright: ignore[reportReturnType]
 
 
-def make_token(problem: Problem, config: Config) -> Callable[[jax.Array, Any, Any], None]:
+def make_token(problem: Problem, config: Config, weights_wait: bool) -> Callable[[jax.Array, Any, Any], None]:
     """The function (chunks, token in shared memory, warpgroup) that every computing warpgroup calls once, before its
-    first product."""
+    first product. weights_wait: for the token, all but the first of them."""
     count = 8 * len(_firsts(problem, config))
 
     @plgpu.inline_mgpu(arg_types=(compat.registers_layout(count), plgpu.RefType(), compat.SCALAR))
     def make(_: Any, chunks: Any, token: Value, warpgroup: Any) -> None:
         words = compat.registers_of(chunks)
         loaded = [words[i : i + 8] for i in range(0, count, 8)]
-        quantize(problem, config, loaded, compat.address(token), _thread(warpgroup))
+        quantize(problem, config, loaded, compat.address(token), _thread(warpgroup), weights_wait)
 
     return make  # pyright: ignore[reportReturnType]
 
@@ -127,13 +129,15 @@ def load_chunks(problem: Problem, config: Config, x: Value, thread: Value) -> li
     ]
 
 
-def quantize(problem: Problem, config: Config, loaded: list[list[Value]], token: Value, thread: Value) -> None:
+def quantize(
+    problem: Problem, config: Config, loaded: list[list[Value]], token: Value, thread: Value, weights_wait: bool
+) -> None:
     """What one of the computing threads does with its chunks; token is an address."""
     threads, pieces = config.warpgroups * compat.THREADS, problem.pieces
     size = token_bytes(problem, config) - BEHIND_TOKEN
     chunks = size // (_CHUNK * pieces)
     largest = _largest(loaded, token, size, threads, thread)
-    if goes_first(problem):
+    if weights_wait:
         ops.tell_threads(threads + compat.THREADS)
     infinity = _INFINITY[problem.token_dtype]
     finite = ops.where_below(largest, infinity, largest, constant(0))

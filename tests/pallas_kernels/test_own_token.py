@@ -158,7 +158,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
         thread = np.arange(config.warpgroups * 128, dtype=np.uint32)
         with np.errstate(all="ignore"):
             loaded = own_token.load_chunks(problem, config, np.int64(0), thread)
-            own_token.quantize(problem, config, loaded, np.uint32(START), thread)
+            own_token.quantize(problem, config, loaded, np.uint32(START), thread, False)
         codes = shared[START:-BEHIND_TOKEN].view(np.int8).reshape(-1, problem.pieces, 16)
         return codes, shared[-BEHIND_TOKEN + 64 :][:32].view(np.float32)
 
