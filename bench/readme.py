@@ -113,11 +113,12 @@ def products(data: dict[str, Any], shape: str, tokens: Sequence[int], ceilings: 
     lines = [("dense bfloat16, us", *(f"{dense[m]:.0f}" for m in tokens))]
     for op in dict.fromkeys(row["op"] for row in rows):
         found = {row["m"]: row for row in rows if row["op"] == op}
-        cells = [f"{found[m]['ratio']:.2f}" if m in found else "" for m in tokens]
-        if ceilings:
-            cells = [f"{cell} ({found[m]['ceiling']:.2f})" for cell, m in zip(cells, tokens, strict=True) if m in found]
-        lines.append((op, *cells))
+        lines.append((op, *(cell(found[m], ceilings) if m in found else "" for m in tokens)))
     return markdown((f"N={rows[0]['n']}, K={rows[0]['k']}; tokens:", *map(str, tokens)), lines)
+
+
+def cell(row: dict[str, Any], ceiling: bool) -> str:
+    return f"{row['ratio']:.2f}" + (f" ({row['ceiling']:.2f})" if ceiling else "")
 
 
 def speed() -> str:

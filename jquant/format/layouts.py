@@ -5,7 +5,7 @@
     "stream_t"   codes, scales and codebook transposed: consecutive output rows in consecutive lanes, for a CPU
     "fragments"  codes uint32 [ceil(N/64), ceil(K/64), bits, 128] as the tensor core of a Hopper GPU takes them
                  (`pallas_kernels.fragments` draws it); scales [G, N'], zeros uint8 [G, N'] unpacked, N' = N rounded up
-                 to 64. Groups of inputs only. With steps [N], scales are uint8 multiples of them
+                 to 64, and multiples are laid out like scales. Groups of inputs only
 
 `jquant.prepare` chooses; a layout is made once, after loading. Everything that reads a packed weight asks here.
 """
@@ -35,10 +35,8 @@ def words(weight: "AffineWeight | CodebookWeight") -> jax.Array:
 def grid_scales(weight: "AffineWeight") -> jax.Array:
     """scales in their canonical orientation: [N, G] for "in", [G, K] for "out"."""
     if weight.layout == "fragments":
-        scales = weight.scales[:, : weight.shape[0]].T
-    else:
-        scales = weight.scales if weight.layout == "stream" else weight.scales.T
-    return scales if weight.steps is None else scales.astype(weight.steps.dtype) * weight.steps[:, None]
+        return weight.scales[:, : weight.shape[0]].T
+    return weight.scales if weight.layout == "stream" else weight.scales.T
 
 
 def affine_zeros(weight: "AffineWeight") -> jax.Array | None:
@@ -70,13 +68,14 @@ def with_layout(weight: Any, layout: str) -> Any:
         return dataclasses.replace(weight, layout=layout, codes=codes)
     if weight.group_axis != "in":
         raise ValueError("a weight with groups of outputs has no fragments; only groups of inputs do")
-    zeros = affine_zeros(weight)
+    zeros, multiples = affine_zeros(weight), weight.multiples
     return dataclasses.replace(
         weight,
         layout=layout,
         codes=codes,
         scales=_whole_tiles(weight.scales.T),
         zeros=None if zeros is None else _whole_tiles(zeros.T),
+        multiples=None if multiples is None else _whole_tiles(multiples.T),
     )
 
 
@@ -88,8 +87,7 @@ def _canonical(weight: Any) -> Any:
         return dataclasses.replace(weight, layout="stream", codes=codes)
     zeros = affine_zeros(weight)
     packed = None if zeros is None else pack_codes(zeros.T, weight.bits)
-    scales = grid_scales(weight)
-    return dataclasses.replace(weight, layout="stream", codes=codes, scales=scales, zeros=packed, steps=None)
+    return dataclasses.replace(weight, layout="stream", codes=codes, scales=grid_scales(weight), zeros=packed)
 
 
 def _transposed(weight: "AffineWeight | CodebookWeight") -> dict[str, jax.Array]:

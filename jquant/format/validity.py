@@ -63,7 +63,7 @@ def validate(weight: Weight, path: str) -> None:
                 raise ValueError(f"{path}: nested has {count} entries a row; expected one of {allowed}")
             _expect(path, "nested", weight.nested, (rows, count), None)
         return
-    for name in ("fits_half", "steps"):
+    for name in ("fits_half", "multiples", "steps"):
         if getattr(weight, name) is not None:
             raise ValueError(f"{path}: {name} is present; `jquant.prepare` adds it, a checkpoint has none")
     if weight.group_axis not in ("in", "out") or weight.group_size < 1:

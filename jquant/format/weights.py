@@ -57,8 +57,9 @@ class AffineWeight:
     The last group may be shorter. zeros are integers in [0, 2**bits), packed as a stream along the axis that is not
     grouped: uint32 [G, ceil(N*bits/32)] ("in") or [G, ceil(K*bits/32)] ("out"); None is symmetric, zero 2**(bits-1).
     row_sums float32 [N] = sum_k W[n, k] goes with inputs that have offsets; fits_half says whether the weights can be
-    float16 without harm, with the sparse entries that are added to them. steps [N]: scales are uint8 multiples of it,
-    and the scales of the equation their products, exactly. `jquant.prepare` adds these three, a checkpoint has none.
+    float16 without harm, with the sparse entries that are added to them; multiples uint8 and steps [N], a pair, are
+    scales that are whole multiples of a step a row, multiples laid out like scales. `jquant.prepare` adds these four, a
+    checkpoint has none.
     """
 
     codes: jax.Array
@@ -71,6 +72,7 @@ class AffineWeight:
     layout: str = "stream"  # §
     row_sums: jax.Array | None = None
     fits_half: bool | None = None  # §
+    multiples: jax.Array | None = None
     steps: jax.Array | None = None
 
 
@@ -308,7 +310,7 @@ def canonical(weight: Weight) -> Weight:
         return dataclasses.replace(weight, weight=canonical(weight.weight), outliers=kept, residual=rest)
     if isinstance(weight, SparseAffineWeight):
         return weight
-    more = ("fits_half",) if isinstance(weight, AffineWeight) else _PREPARED_TABLES
+    more = ("fits_half", "multiples", "steps") if isinstance(weight, AffineWeight) else _PREPARED_TABLES
     return with_layout(dataclasses.replace(weight, **dict.fromkeys(("row_sums", *more))), "stream")
 
 

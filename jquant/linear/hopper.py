@@ -48,12 +48,18 @@ Packed = AffineWeight | CodebookWeight
 # (inside, one token has 16-bit operands)
 ROWS_TOKENS = 16
 # Beyond so many tokens the tensor core multiplies 16-bit activations no faster by packed weights than by dense ones.
-# Measured (bench/results/matmul.md): 0.69 to 1.17 of their speed at 256 tokens, 0.73 to 1.04 beyond, most near 1; the
+# Measured (bench/results/matmul.md): 0.70 to 1.18 of their speed at 256 tokens, 0.77 to 1.05 beyond, most near 1; the
 # worst are small matrices with sparse entries. XLA alone gives 0.54 with groups and entries, 0.8 with a scale a row.
 DENSE_TOKENS = 128
-# Up to so many 8-bit tokens scales of groups cost little more than scales in two levels. Measured, microseconds at 64,
-# 256 and 2048 tokens of 28672 x 8192 in 4 bits: 36, 109 and 740, and in two levels 34, 84 and 570 to 600.
-GROUPED_TOKENS = 64
+# Up to so many tokens scales in two levels gain nothing: multiplying group sums takes less time than multiplying codes.
+# Measured, microseconds of 4 bits with groups of 128, as they are and in two levels:
+#
+#     tokens                      1      16      32      64     256    2048
+#     28672 x 8192, 8 bits     29.2    35.4    36.1    37.9     110     742
+#     in two levels            31.2    34.8    36.2    35.5      89     599
+#     5120 x 5120, 16 bits      7.6    10.0    13.2    17.4    26.0     149
+#     in two levels             8.0    10.3    13.7    17.2    25.6     132
+GROUPED_TOKENS = 32
 # A 16-bit token of more inputs takes less time if a launch splits it than if every multiprocessor does for itself: 30.5
 # and 32.8 us beside 3-bit tables of 8192 x 28672; and beside groups less in 16 bits, 33.6 and 34.2.
 SPLIT_INPUTS = 16384
@@ -236,7 +242,9 @@ def _affine(x: jax.Array, base: AffineWeight, out_dtype: DTypeLike, **more: Any)
         elif problem.x_dtype != x.dtype.name:
             x, more["x_scales"] = half_tokens.convert(x)
     more |= {"bits": base.bits, "outputs": base.shape[0], "group_size": _group_size(base), "out_dtype": out_dtype}
-    more["steps"] = base.steps
+    if problem.two_level:
+        assert base.multiples is not None
+        return affine_matmul.affine_matmul(x, base.codes, base.multiples, steps=base.steps, **more)
     return affine_matmul.affine_matmul(x, base.codes, base.scales, base.zeros, **more)
 
 
@@ -331,6 +339,7 @@ def _problem(
     base: Packed, act: ActivationQuant | None, tokens: int, dtype: str, entry_words: int, kept_columns: int = 0
 ) -> affine_matmul.Problem:
     table = isinstance(base, CodebookWeight)
+    two_level = not table and base.multiples is not None and tokens > GROUPED_TOKENS and not entry_words
     problem = affine_matmul.Problem(
         tokens=tokens,
         outputs=base.shape[0],
@@ -339,7 +348,7 @@ def _problem(
         group_size=None if table else _group_size(base),
         has_zeros=not table and base.zeros is not None,
         x_dtype=dtype if act is None else "int8",
-        scale_dtype="float32" if table else base.scales.dtype.name,
+        scale_dtype="float32" if table else "uint8" if two_level else base.scales.dtype.name,
         entry_words=entry_words,
         kept_columns=kept_columns,
     )

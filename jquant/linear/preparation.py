@@ -112,12 +112,12 @@ def _with_tables(base: CodebookWeight) -> CodebookWeight:
 
 
 def _in_two_levels(base: AffineWeight) -> AffineWeight:
-    """The base with the steps of its rows, if all scales are whole multiples of such and the kernel takes them."""
+    """The base with multiples and steps beside its scales, if these are such and the kernel takes them."""
     taken = base.zeros is None and base.bits <= 4 and base.group_size < base.shape[1]
     if not taken or (split := split_scales(np.asarray(base.scales))) is None:
         return base
     multiples, steps = split
-    return dataclasses.replace(base, scales=jnp.asarray(multiples), steps=jnp.asarray(steps))
+    return dataclasses.replace(base, multiples=jnp.asarray(multiples), steps=jnp.asarray(steps))
 
 
 def _beside(base: AffineWeight | CodebookWeight, rest: SparseResidual) -> AffineWeight | CodebookWeight:

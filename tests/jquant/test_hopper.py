@@ -197,18 +197,19 @@ def test_whole_scales_are_multiplied_with_the_codes() -> None:
     w = LAYERS["w4a8-g64-sym-twolevel"]
     ready = prepare(w)
     base: Any = ready.weight
-    assert base.scales.dtype == jnp.uint8 and base.steps.shape == (N,) and base.steps.dtype == jnp.float16
-    for tokens in (1, 16, 300):
-        assert "codes times whole scales" in choose(ready, tokens).reason
+    assert base.multiples.shape == base.scales.shape and base.steps.shape == (N,)
+    np.testing.assert_array_equal((base.multiples[:, :N].astype(jnp.float16) * base.steps).T, w.weight.scales)
+    for tokens in (1, hopper.GROUPED_TOKENS, hopper.GROUPED_TOKENS + 1, 300):
+        assert ("codes times whole scales" in choose(ready, tokens).reason) == (tokens > hopper.GROUPED_TOKENS)
         assert "scales in two levels" not in choose(ready, tokens).reason
     stored: Any = canonical(ready)
-    assert stored.weight.steps is None and stored.weight.scales.dtype == jnp.float16
+    assert stored.weight.steps is None and stored.weight.multiples is None
     np.testing.assert_array_equal(stored.weight.scales, w.weight.scales)
     with pytest.raises(ValueError, match="steps is present"):
         validate(dataclasses.replace(w, weight=dataclasses.replace(w.weight, steps=base.steps)), "layer")
     # beside tokens of 16 bits weights are exact, too: none becomes float16 to be rounded less
     alone: Any = prepare(w.weight)
-    assert alone.scales.dtype == jnp.uint8
+    assert alone.steps is not None
     assert all("as float16" not in choose(alone, tokens).reason for tokens in (16, 300))
     np.testing.assert_array_equal(dequantize(alone), dequantize(w.weight))
     # other scales, zero points, codes that leave no room, a single group, and what has sparse entries stay as they are
@@ -221,7 +222,7 @@ def test_whole_scales_are_multiplied_with_the_codes() -> None:
         _residual(w.weight),
     ):
         found: Any = prepare(other)
-        assert found.weight.steps is None and found.weight.scales.dtype == jnp.float16
+        assert found.weight.steps is None and found.weight.multiples is None
     # who has groups of other scales beside many tokens is told
     grouped = prepare(QuantizedLinear(_affine(4, 64, symmetric=True), activation=act))
     assert "scales in two levels" in choose(grouped, 300).reason
