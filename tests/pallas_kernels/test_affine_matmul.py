@@ -103,6 +103,28 @@ def case(bits: int, has_zeros: bool) -> tuple[np.ndarray, jax.Array, np.ndarray,
     return codes, pack_fragments(jnp.asarray(codes), bits, "pairs"), zeros, registers
 
 
+def assert_half_fragments(found: list[list[np.ndarray]], weights: np.ndarray, tile: int, operand: str) -> None:
+    """A of the m64k16 of a tile: a0 is (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 (g + 8, 2t + 8), two each."""
+    row, pair = THREAD // 32 * 16 + THREAD % 32 // 4, THREAD % 4 * 2
+    for step in range(4):
+        for i in range(4):
+            column = 64 * tile + 16 * step + pair + 8 * (i // 2)
+            expected = weights[(row + 8 * (i % 2))[:, None], column[:, None] + np.arange(2)]
+            got = found[step][i].view(FLOATS[operand]).reshape(128, 2).astype(np.float32)
+            np.testing.assert_array_equal(got, expected)
+
+
+def assert_byte_fragments(found: list[list[np.ndarray]], weights: np.ndarray, tile: int) -> None:
+    """A of the m64k32 of a tile, weights in slot order: a0 is (g, 4t), a1 (g + 8, 4t), a2 (g, 16 + 4t), a3 (g + 8, 16 +
+    4t), four each."""
+    row, first = THREAD // 32 * 16 + THREAD % 32 // 4, THREAD % 4 * 4
+    for step in range(2):
+        for i in range(4):
+            slot = 64 * tile + 32 * step + first + 16 * (i // 2)
+            expected = weights[(row + 8 * (i % 2))[:, None], slot[:, None] + np.arange(4)]
+            np.testing.assert_array_equal(found[step][i].view(np.int8).reshape(128, 4), expected)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("operand", ["bf16", "f16"])
 @pytest.mark.parametrize("has_zeros", [False, True])
@@ -112,19 +134,13 @@ def test_half_registers_are_the_fragment_of_m64k16(bits: int, operand: Any, has_
     scales = [np.repeat(np.full(128, s, FLOATS[operand]), 2).view(np.uint32) for s in (0.5, 2.0)]
     own = [register_decode.half_zeros(z if has_zeros else None, bits, operand) for z in registers]
     weights = codes - zeros[:, None]
-    row, pair = THREAD // 32 * 16 + THREAD % 32 // 4, THREAD % 4 * 2
+    row_scales = np.where(np.arange(64) % 16 < 8, 0.5, 2.0)
     for tile in range(2):
         read = register_decode.read_tile(np.uint32(0), THREAD, tile, bits)
         plain = register_decode.half_fragments(read, bits, operand, own, has_zeros)
+        assert_half_fragments(plain, weights, tile, operand)
         scaled = register_decode.scaled(plain, scales, operand)
-        for step in range(4):
-            for i in range(4):  # a0: (g, 2t), a1: (g + 8, 2t), a2: (g, 2t + 8), a3: (g + 8, 2t + 8)
-                column = 64 * tile + 16 * step + pair + 8 * (i // 2)
-                expected = weights[(row + 8 * (i % 2))[:, None], column[:, None] + np.arange(2)]
-                got = plain[step][i].view(FLOATS[operand]).reshape(128, 2).astype(np.float32)
-                np.testing.assert_array_equal(got, expected)
-                got = scaled[step][i].view(FLOATS[operand]).reshape(128, 2).astype(np.float32)
-                np.testing.assert_array_equal(got, expected * (0.5, 2.0)[i % 2])
+        assert_half_fragments(scaled, weights * row_scales[:, None], tile, operand)
 
 
 @pytest.mark.parametrize(
@@ -135,17 +151,9 @@ def test_byte_registers_are_the_fragment_of_m64k32_in_slot_order(bits: int, has_
     emulate(words)
     own = [register_decode.byte_zeros(z) for z in registers] if has_zeros else None
     weights = ((codes - zeros[:, None]) * register_decode.byte_factor(bits, has_zeros))[:, slot_order(128)]
-    row, first = THREAD // 32 * 16 + THREAD % 32 // 4, THREAD % 4 * 4
     for tile in range(2):
-        fragments = register_decode.byte_fragments(
-            register_decode.read_tile(np.uint32(0), THREAD, tile, bits), bits, own
-        )
-        for step in range(2):
-            for i in range(4):  # a0: (g, 4t), a1: (g + 8, 4t), a2: (g, 16 + 4t), a3: (g + 8, 16 + 4t)
-                slot = 64 * tile + 32 * step + first + 16 * (i // 2)
-                expected = weights[(row + 8 * (i % 2))[:, None], slot[:, None] + np.arange(4)]
-                got = fragments[step][i].view(np.int8).reshape(128, 4)
-                np.testing.assert_array_equal(got, expected)
+        read = register_decode.read_tile(np.uint32(0), THREAD, tile, bits)
+        assert_byte_fragments(register_decode.byte_fragments(read, bits, own), weights, tile)
 
 
 def problem(**changes: Any) -> affine.Problem:

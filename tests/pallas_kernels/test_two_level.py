@@ -13,7 +13,13 @@ from pallas_kernels.activation_quantize import quantize_rows
 from pallas_kernels.affine_matmul import choice, register_decode
 from pallas_kernels.fragments import slot_order
 from tests.pallas_kernels.affine import arguments
-from tests.pallas_kernels.test_affine_matmul import FLOATS, THREAD, case, emulate as emulate
+from tests.pallas_kernels.test_affine_matmul import (
+    THREAD,
+    assert_byte_fragments,
+    assert_half_fragments,
+    case,
+    emulate as emulate,
+)
 
 SHAPES = [  # M, N, K, bits, group_size, zeros, x, scales
     (1, 256, 1024, 4, 128, False, "bfloat16", "uint8"),
@@ -70,18 +76,13 @@ def test_byte_registers_are_codes_times_scales(bits: int, largest: bool, emulate
     codes, words, _, _ = case(bits, False)
     emulate(words)
     scales = np.full(64, 16) if largest else np.random.default_rng(1).integers(0, 17, 64)
-    row, first = THREAD // 32 * 16 + THREAD % 32 // 4, THREAD % 4 * 4
+    row = THREAD // 32 * 16 + THREAD % 32 // 4
     multiples = [register_decode.byte_multiples(scales[own].astype(np.uint32), bits) for own in (row, row + 8)]
     weights = ((codes - 2 ** (bits - 1)) * scales[:, None])[:, slot_order(128)]
     assert largest is False or weights.min() == -(2 ** (bits + 3))
     for tile in range(2):
         read = register_decode.read_tile(np.uint32(0), THREAD, tile, bits)
-        fragments = register_decode.byte_fragments(read, bits, None, multiples)
-        for step in range(2):
-            for i in range(4):  # a0: (g, 4t), a1: (g + 8, 4t), a2: (g, 16 + 4t), a3: (g + 8, 16 + 4t)
-                slot = 64 * tile + 32 * step + first + 16 * (i // 2)
-                expected = weights[(row + 8 * (i % 2))[:, None], slot[:, None] + np.arange(4)]
-                np.testing.assert_array_equal(fragments[step][i].view(np.int8).reshape(128, 4), expected)
+        assert_byte_fragments(register_decode.byte_fragments(read, bits, None, multiples), weights, tile)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -91,7 +92,7 @@ def test_half_registers_are_codes_times_scales(bits: int, operand: Any, largest:
     codes, words, _, _ = case(bits, False)
     emulate(words)
     scales = np.full(64, 16) if largest else np.random.default_rng(1).integers(0, 17, 64)
-    row, pair = THREAD // 32 * 16 + THREAD % 32 // 4, THREAD % 4 * 2
+    row = THREAD // 32 * 16 + THREAD % 32 // 4
     own = [scales[each].astype(np.uint32) for each in (row, row + 8)]
     weights = (codes - 2 ** (bits - 1)) * scales[:, None]
     for tile in range(2):
@@ -105,12 +106,7 @@ def test_half_registers_are_codes_times_scales(bits: int, operand: Any, largest:
             )
             factors = [register_decode.ops.pack_twice(scale.astype(np.float32), operand) for scale in own]
             found = register_decode.scaled(plain, factors, operand)
-        for step in range(4):
-            for i in range(4):  # a0: (g, 2t), a1: (g + 8, 2t), a2: (g, 2t + 8), a3: (g + 8, 2t + 8)
-                column = 64 * tile + 16 * step + pair + 8 * (i // 2)
-                expected = weights[(row + 8 * (i % 2))[:, None], column[:, None] + np.arange(2)]
-                got = found[step][i].view(FLOATS[operand]).reshape(128, 2).astype(np.float32)
-                np.testing.assert_array_equal(got, expected)
+        assert_half_fragments(found, weights, tile, operand)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
