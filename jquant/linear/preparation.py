@@ -39,9 +39,9 @@ def prepare(tree: Any) -> Any:
     """The same model with every packed weight in the form this device reads fastest; once, after loading.
 
     On a CPU the base goes into the "stream_t" layout; on a Hopper GPU, where a kernel takes the layer, into
-    "fragments", with kept columns and the entries of a residual as the kernels read them; not if the model runs in
-    float32, which no kernel does. Else a residual gets the row of each entry beside it. Weights are converted one at a
-    time, so the extra memory is one weight's.
+    "fragments", with kept columns, the entries of a residual and scales in two levels as the kernels read them; not if
+    the model runs in float32, which no kernel does. Else a residual gets the row of each entry beside it. Weights are
+    converted one at a time, so the extra memory is one weight's.
     """
     dtype = jnp.dtype(running_dtype(tree))
     return jax.tree.map(lambda leaf: _prepared(leaf, dtype) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
