@@ -38,27 +38,20 @@ from pallas_kernels.device import no_hopper
 Packed = AffineWeight | CodebookWeight
 
 # Up to so many tokens sparse entries have a product of their own. Measured on an H200, 28672 x 8192 and 0.45 % of them,
-# microseconds over those of the base alone, 3 bits with tables, by themselves and inside its product:
-#
+# microseconds over those of the base alone, 3 bits with tables, by themselves and inside its product, where one token
+# has 16-bit operands:
 #     tokens       1      8     16     64    256    2048
 #     base        30.6   39.1   42.1   70.2   154   1179
 #     by row       2.9   10.8   17.9   48.2   186   1452
 #     inside      20.3   18.7   18.6   13.6     9     52
-#
-# (inside, one token has 16-bit operands)
 ROWS_TOKENS = 16
 # Beyond so many tokens the tensor core multiplies 16-bit activations no faster by packed weights than by dense ones.
-# Measured (bench/results/matmul.md): 0.70 to 1.18 of their speed at 256 tokens, 0.77 to 1.05 beyond, most near 1; the
+# Measured (bench/results/matmul.md): 0.70 to 1.17 of their speed at 256 tokens, 0.75 to 1.05 beyond, most near 1; the
 # worst are small matrices with sparse entries. XLA alone gives 0.54 with groups and entries, 0.8 with a scale a row.
 DENSE_TOKENS = 128
 # Up to so many tokens scales in two levels gain nothing: multiplying group sums takes less time than multiplying codes.
-# Measured, microseconds of 4 bits with groups of 128, as they are and in two levels:
-#
-#     tokens                      1      16      32      64     256    2048
-#     28672 x 8192, 8 bits     29.2    35.4    36.1    37.9     110     742
-#     in two levels            31.2    34.8    36.2    35.5      89     599
-#     5120 x 5120, 16 bits      7.6    10.0    13.2    17.4    26.0     149
-#     in two levels             8.0    10.3    13.7    17.2    25.6     132
+# Measured, 28672 x 8192, microseconds at 1, 32, 64 and 2048 tokens of 8 bits: 29.2, 36.1, 37.9 and 742 for groups as
+# they are, 31.2, 36.2, 35.5 and 599 in two levels; of 16 bits 29.5, 44.1, 53.7 and 1215, and 31.5, 44.6, 51.6 and 1177.
 GROUPED_TOKENS = 32
 # A 16-bit token of more inputs takes less time if a launch splits it than if every multiprocessor does for itself: 30.5
 # and 32.8 us beside 3-bit tables of 8192 x 28672; and beside groups less in 16 bits, 33.6 and 34.2.
