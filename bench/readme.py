@@ -98,7 +98,8 @@ def all_products() -> str:
     about = (
         f"# One linear layer on one {data['environment']['device']}\n\nTimes as fast as XLA's dense bfloat16 product "
         "of the same shape in the same process; `python -m bench.matmul`, this page by `python -m bench.readme`. "
-        "Bytes, bandwidth, errors and ceilings are in matmul.json."
+        "Rows of several runs may stand in one table, each against the dense product of its own run; the first line is "
+        "that of the last row. Bytes, bandwidth, errors and ceilings are in matmul.json."
     )
     tokens = sorted({row["m"] for row in data["rows"]})
     shapes = dict.fromkeys(row["shape"] for row in data["rows"])

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jquant.format.activations import ActivationQuant
 from jquant.format.rotation import rotate
 from jquant.format.semistructured import SparseAffineWeight
+from jquant.format.spec import TWO_LEVEL_BITS
 from jquant.format.weights import (
     AffineWeight,
     CodebookWeight,
@@ -81,6 +82,13 @@ def no_fragments(layer: QuantizedLinear) -> str | None:
     if not base.shape[1]:
         return "every input column is kept: there is no packed part"
     return _supported(base, act, 1, "bfloat16")
+
+
+def takes_multiples(base: Packed) -> bool:
+    """Whether the kernel multiplies codes by the scales of groups, if these are whole multiples of a step a row."""
+    if isinstance(base, CodebookWeight) or _group_size(base) is None:
+        return False
+    return base.zeros is None and base.bits <= TWO_LEVEL_BITS
 
 
 def no_tiles(layer: QuantizedLinear) -> str | None:
@@ -160,7 +168,7 @@ def describe(layer: QuantizedLinear, tokens: int, dtype: DTypeLike) -> str:
     bound = ""
     if problem.x_bytes == 2 and tokens > DENSE_TOKENS:
         bound = "; so many 16-bit tokens take about as long as by dense weights, on small matrices up to 1.4 times"
-    elif affine_matmul.runs_on(problem) and tokens > GROUPED_TOKENS and not problem.has_zeros and base.bits <= 4:
+    elif problem.x_bytes == 1 and tokens > GROUPED_TOKENS and takes_multiples(base) and not problem.two_level:
         bound = "; with scales in two levels (-twolevel in the spec) groups would cost next to no time"
     return f"{codes} by {inputs}, {blocks}{columns}{entries}{bound}"
 
@@ -332,7 +340,7 @@ def _problem(
     base: Packed, act: ActivationQuant | None, tokens: int, dtype: str, entry_words: int, kept_columns: int = 0
 ) -> affine_matmul.Problem:
     table = isinstance(base, CodebookWeight)
-    two_level = not table and base.multiples is not None and tokens > GROUPED_TOKENS and not entry_words
+    two_level = not table and base.multiples is not None and tokens > GROUPED_TOKENS
     problem = affine_matmul.Problem(
         tokens=tokens,
         outputs=base.shape[0],

@@ -113,8 +113,7 @@ def _with_tables(base: CodebookWeight) -> CodebookWeight:
 
 def _in_two_levels(base: AffineWeight) -> AffineWeight:
     """The base with multiples and steps beside its scales, if these are such and the kernel takes them."""
-    taken = base.zeros is None and base.bits <= 4 and base.group_size < base.shape[1]
-    if not taken or (split := split_scales(np.asarray(base.scales))) is None:
+    if not hopper.takes_multiples(base) or (split := split_scales(np.asarray(base.scales))) is None:
         return base
     multiples, steps = split
     return dataclasses.replace(base, multiples=jnp.asarray(multiples), steps=jnp.asarray(steps))

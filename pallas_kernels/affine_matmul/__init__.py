@@ -35,7 +35,6 @@ from pallas_kernels.affine_matmul.config import (
     Config as Config,
     Problem as Problem,
     no_own_token as no_own_token,
-    runs_on as runs_on,
     supported as supported,
     supported_config as supported_config,
 )

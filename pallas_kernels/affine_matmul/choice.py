@@ -126,8 +126,8 @@ def _few(problem: Problem, wide: int) -> list[Config]:
     ):
         shapes = ((4, 1, 512), *shapes)  # one round
     found += [Config(wide, block_k, rows, parts) for rows, parts, block_k in shapes]
-    if problem.two_level and tokens > 32:  # with fewer, sums of groups take less time than multiplying weights
-        found = [replace(config, scale="operand") if problem.x_bytes == 2 else config for config in found]
+    if problem.two_level and problem.x_bytes == 2 and tokens > 32:  # with fewer, multiplying sums takes less time
+        found = [replace(config, scale="operand") for config in found]
     found = [_shared(problem, config) if config.stream_k else _sized(problem, config) for config in found]
     return sorted(found, key=lambda config: few_stages(problem, config))
 

@@ -84,7 +84,7 @@ class Problem:
     sums of its own, of which the second stand for 256 times as much; kept_columns: inputs apart from those, multiplied
     by weights of kept_dtype, 16 bits, as they are; token_dtype: the type of the only token, of which the kernel itself
     makes x (`pallas_kernels.affine_matmul.own_token`), "" if x comes as it is multiplied; token_bits: of its codes, if
-    it is not in pieces. scale_dtype "uint8": scales are whole multiples of a step a row, and multiply the codes."""
+    it is not in pieces. scale_dtype "uint8": scales of groups are whole multiples of a step a row."""
 
     tokens: int
     outputs: int
@@ -113,7 +113,7 @@ class Problem:
 
     @property
     def two_level(self) -> bool:
-        """Whether the scales of groups are whole numbers, by which the codes are multiplied, and rows have a step."""
+        """Whether the scales of groups are whole multiples of a step a row."""
         return self.scale_dtype == "uint8"
 
     @property

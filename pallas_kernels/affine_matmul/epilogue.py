@@ -44,7 +44,7 @@ def scale_block(problem: Problem, config: Config, dtypes: dict[str, str], factor
         return_type=compat.registers_type(values, jnp.float32),
     )
     def scale(_: Any, arrays: list[Value], places: list[Any], sums: Any) -> Any:
-        bases = {name: _address(problem, name, ref) for name, ref in zip(epilogue, arrays, strict=True)}
+        bases = {name: compat.address(ref) for name, ref in zip(epilogue, arrays, strict=True)}
         row0, token0 = _first(*(compat.scalar_of(place) for place in places))
         floats = _added(problem, compat.registers_of(sums))[:values]
         return compat.array_of(_scaled(problem, bases, epilogue, row0, token0, floats, factor))
@@ -70,12 +70,6 @@ def store_block(problem: Problem, config: Config, dtype: Any) -> Callable[..., N
         store(out, [first_token, first_row, split], block)  # pyright: ignore[reportCallIssue]
 
     return run
-
-
-def _address(problem: Problem, name: str, ref: Value) -> Value:
-    """The scales of a token that the kernel quantized lie in shared memory, one a column."""
-    own = problem.token_dtype and name == "x_scales"
-    return compat.address(ref) if own else compat.address(ref)
 
 
 def _values(problem: Problem, config: Config) -> int:
@@ -124,7 +118,7 @@ def _scaled(
     def of_token(name: str, ahead: int) -> Value | None:
         if name not in bases:
             return None
-        if problem.token_dtype:
+        if problem.token_dtype:  # scales that the kernel made lie in shared memory, one a column
             address = arith.addi(bases[name], arith.muli(arith.addi(token0, constant(ahead)), constant(4)))
             return ops.load_narrow("shared", address, "float32")
         return ops.load_ahead(of_tokens[name], token0, ahead, problem.tokens * problem.pieces)

@@ -15,6 +15,8 @@ import numpy as np
 
 from pallas_kernels.affine_matmul.config import MOST_MULTIPLES
 
+_FEW = 64  # rows
+
 
 def split_scales(scales: Any) -> tuple[np.ndarray, np.ndarray] | None:
     """(multiples uint8 [N, G], steps [N] of the type of `scales`) of scales [N, G], exactly; None if a row has no step.
@@ -23,6 +25,8 @@ def split_scales(scales: Any) -> tuple[np.ndarray, np.ndarray] | None:
     A row whose largest scale is c steps is tried for c = 1, 2 .. 16, so the step is the largest there is. No scale is
     rounded: multiples times steps are the scales, bit for bit.
     """
+    if len(scales) > _FEW and split_scales(scales[:_FEW]) is None:  # most weights have none, and models many weights
+        return None
     exact = np.asarray(scales).astype(np.float32)
     if not (np.all(np.isfinite(exact)) and np.all(exact >= 0)):
         return None
